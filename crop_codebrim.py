@@ -1,0 +1,415 @@
+"""Bridge photos and boxes -> labelled 64x64 crops, and a renderer of synthetic concrete defects."""
+import functools
+
+import numpy as np
+
+CLASSES = ["CorrosionStain", "Crack", "Efflorescence", "ExposedBars", "Spallation"]     # sorted: label order
+
+
+# ---- synthetic concrete ---------------------------------------------------------------------------------------------
+# Only + - * / sqrt, comparisons and PCG64's raw words are used here: NumPy promises the words and IEEE 754 the
+# roundings on every platform; nobody promises the last bit of sin and exp, or of Generator's distributions.
+
+class Dice:
+    """Uniform numbers from the raw 64-bit words of PCG64, keyed by non-negative integers."""
+
+    def __init__(self, *key):
+        self.bits = np.random.PCG64(np.random.SeedSequence(key))
+
+    def fork(self):
+        """An independent Dice: however much is drawn from it, the draws of this one stay the same."""
+        return Dice(int(self.bits.random_raw()))
+
+    def array(self, *shape):
+        """float32 of the given shape in [0, 1)."""
+        n = 1
+        for s in shape:
+            n *= s
+        return ((self.bits.random_raw(n) >> np.uint64(40)).astype(np.float32) * np.float32(2.0 ** -24)).reshape(shape)
+
+    def uniform(self, a=0.0, b=1.0):
+        return a + (b - a) * ((int(self.bits.random_raw()) >> 11) * 2.0 ** -53)
+
+    def integer(self, a, b):
+        """An integer of a..b, both included."""
+        return a + int(self.bits.random_raw()) % (b - a + 1)
+
+    def chance(self, p):
+        return self.uniform() < p
+
+
+def smooth(a, b, x):
+    """Smoothstep from 0 at a to 1 at b (falling where a > b)."""
+    t = np.clip((x - a) * (1.0 / (b - a)), 0.0, 1.0)
+    return t * t * (3.0 - 2.0 * t)
+
+
+@functools.lru_cache(maxsize=256)
+def _taps(n, cells):
+    p = (np.arange(n) + 0.5) * (cells / n)
+    i = np.floor(p)
+    t = p - i
+    s = 1 - t
+    w = np.stack([s * s * s, (3 * t - 6) * t * t + 4, (3 * s - 6) * s * s + 4, t * t * t]) * (1 / 6)
+    return i.astype(np.int64), w.astype(np.float32)
+
+
+def noise(dice, h, w, cy, cx):
+    """Cubic B-spline noise (h, w), about -1..1, on a lattice of cy x cx cells."""
+    cy, cx = max(1, int(cy)), max(1, int(cx))
+    grid = dice.array(cy + 3, cx + 3) * 4.0 - 2.0
+    (iy, wy), (ix, wx) = _taps(h, cy), _taps(w, cx)
+    rows = sum(grid[iy + k] * wy[k][:, None] for k in range(4))        # (h, cx + 3)
+    return sum(rows[:, ix + k] * wx[k] for k in range(4))              # (h, w)
+
+
+def fbm(dice, h, w, cells, stretch=1.0, gain=0.5, octaves=4, finest=2.5):
+    """Octaves of noise (h, w) from `cells` waves along the shorter side down to `finest` pixels; `stretch` > 1 draws it
+    out downwards."""
+    dice, out, amp, short = dice.fork(), 0.0, 1.0, min(h, w)
+    for _ in range(octaves):
+        out = out + noise(dice, h, w, cells * h / short / stretch + 0.5, cells * w / short + 0.5) * amp
+        cells, amp = cells * 2, amp * gain
+        if cells * finest > short:
+            break
+    return out
+
+
+def wave(dice, x, reach, cells, octaves=4):
+    """A one-dimensional fractal curve, about -1..1, read at x (any shape, -reach..reach); its slope comes second."""
+    n = 1024
+    table = fbm(dice, 1, n, cells / n, octaves=octaves, finest=0)[0]
+    slope = (table[1:] - table[:-1]) * (n / (2.0 * reach))
+    p = np.clip((x + reach) * (n / (2.0 * reach)), 0, n - 1.001)
+    i = p.astype(np.int64)
+    i = np.minimum(i, n - 2)
+    return table[i] + (table[i + 1] - table[i]) * (p - i), slope[i]
+
+
+def blur(a):
+    """(1, 2, 1)/4 along both axes, edges repeated."""
+    for axis in (0, 1):
+        a = np.moveaxis(a, axis, 0)
+        a = np.moveaxis((np.concatenate([a[:1], a[:-1]]) + a * 2.0 + np.concatenate([a[1:], a[-1:]])) * 0.25, 0, axis)
+    return a
+
+
+def relief(height, light, px):
+    """Brightness factor of a height field lit from the unit vector `light` = (x, y)."""
+    dx = np.empty_like(height)
+    dy = np.empty_like(height)
+    dx[:, 1:-1], dx[:, 0], dx[:, -1] = height[:, 2:] - height[:, :-2], 0, 0
+    dy[1:-1], dy[0], dy[-1] = height[2:] - height[:-2], 0, 0
+    s = (dx * -light[0] + dy * -light[1]) * (-0.5 / px)
+    return np.clip(1.0 + s, 0.35, 1.5)
+
+
+def tint(rgb, mask, colour, strength=1.0):
+    """Move rgb (h, w, 3) towards colour by mask (h, w)."""
+    m = (mask * strength)[..., None]
+    rgb *= 1.0 - m
+    rgb += m * np.array(colour, np.float32)
+
+
+class Frame:
+    """Coordinates of a defect: x, y (h, w) from -ex..ex, -ey..ey over its box, the shorter side being -1..1."""
+
+    def __init__(self, h, w, light, zoom=1.0, dx=0.0, dy=0.0):
+        short = min(h, w)
+        self.h, self.w, self.light = h, w, light
+        self.px = 2.0 * zoom / short                                   # frame units per pixel
+        self.ex, self.ey = w / short, h / short
+        x = ((np.arange(w) + 0.5) * (2.0 / short) - self.ex) * zoom + dx
+        y = ((np.arange(h) + 0.5) * (2.0 / short) - self.ey) * zoom + dy
+        self.x = np.broadcast_to(x.astype(np.float32), (h, w))
+        self.y = np.broadcast_to(y.astype(np.float32)[:, None], (h, w))
+
+    def inside(self, dice, soft=0.12):
+        """1 inside the box, falling to 0 before its border, so that what is painted ends in the box."""
+        d = np.minimum(self.ex - np.abs(self.x), self.ey - np.abs(self.y)) + self.fbm(dice, 5, octaves=3) * (soft * 0.5)
+        return smooth(0.05, 0.05 + soft, d)
+
+    def fbm(self, dice, cells, **kw):
+        return fbm(dice, self.h, self.w, cells, **kw)
+
+
+def concrete(dice, h, w, unit, light):
+    """A lit concrete surface (h, w, 3) float32, about 0..1; `unit` is the width in pixels of a typical 64-pixel view."""
+    n = min(h, w) / unit                                               # views along the shorter side
+    lum = 1.0 + fbm(dice, h, w, 1.5 * n, octaves=4) * dice.uniform(0.03, 0.11)
+    lum += fbm(dice, h, w, 14 * n, octaves=3, gain=0.7) * dice.uniform(0.02, 0.055)
+    x = ((np.arange(w) + 0.5) / unit).astype(np.float32)
+    y = ((np.arange(h) + 0.5) / unit).astype(np.float32)
+    if dice.chance(0.35):                                              # marks of the formwork's boards
+        step, at, across = dice.uniform(0.3, 0.8), dice.uniform(0, 1), dice.chance(0.5)
+        p = (y if across else x) * (1.0 / step) + at
+        k = np.floor(p).astype(np.int64)
+        shade = (dice.array(int(k[-1]) + 1) * 0.1 - 0.05)[k] - smooth(0.04, 0.0, np.minimum(p - k, 1 - (p - k))) * dice.uniform(0.04, 0.16)
+        lum += shade[:, None] if across else shade[None]
+    if dice.chance(0.4):                                               # dirt washed down
+        lum -= np.clip(fbm(dice, h, w, 7 * n, stretch=7), 0, 1) * dice.uniform(0.05, 0.16)
+    for _ in range(min(4000, int(dice.uniform(0, 9) * h * w / unit / unit + 0.5))):      # blow holes
+        r = dice.uniform(0.006, 0.022) * unit
+        cx, cy = dice.uniform(0, w), dice.uniform(0, h)
+        x0, x1, y0, y1 = max(0, int(cx - 2 * r - 1)), int(cx + 2 * r + 2), max(0, int(cy - 2 * r - 1)), int(cy + 2 * r + 2)
+        gx = np.arange(x0, min(w, x1)) + 0.5 - cx
+        gy = (np.arange(y0, min(h, y1)) + 0.5 - cy)[:, None]
+        d2 = (gx * gx + gy * gy) / (r * r)
+        side = (gx * light[0] + gy * light[1]) / r                     # the wall away from the light is lit
+        lum[y0:y1, x0:x1] += (smooth(1.3, 0.5, d2) * np.clip(-0.25 - side * 0.3, -0.5, 0.05)).astype(np.float32)
+    tone, warm, green = dice.uniform(0.42, 0.78), dice.uniform(-0.02, 0.055), dice.uniform(-0.012, 0.012)
+    patch = fbm(dice, h, w, 2.5 * n, octaves=3) * 0.012                # the hue wanders a little too
+    rgb = np.empty((h, w, 3), np.float32)
+    rgb[..., 0] = lum * (tone * (1 + warm)) + patch
+    rgb[..., 1] = lum * (tone * (1 + green))
+    rgb[..., 2] = lum * (tone * (1 - warm)) - patch
+    return rgb
+
+
+def paint_crack(rgb, f, dice, strength=1.0):
+    sx, sy = dice.uniform(0.15, 1) * f.ex, dice.uniform(0.15, 1) * f.ey * (1 if dice.chance(0.5) else -1)
+    r = (sx * sx + sy * sy) ** 0.5
+    dx, dy = sx / r, sy / r
+    a, b = f.x * dx + f.y * dy, f.y * dx - f.x * dy
+    reach = (f.ex * f.ex + f.ey * f.ey) ** 0.5 * 1.6
+    off, slope = wave(dice, a, reach, dice.integer(4, 7), octaves=6)
+    amp = dice.uniform(0.12, 0.28)
+    shift = dice.uniform(-0.3, 0.3)
+    half = max(dice.uniform(0.017, 0.05), 0.7 * f.px)
+    width, _ = wave(dice, a, reach, 12, octaves=3)
+    lines = [(np.abs(b - shift - off * amp) / np.sqrt(1.0 + slope * slope * (amp * amp)), half * np.clip(0.75 + 0.5 * width, 0.3, 2))]
+    for _ in range(dice.integer(0, 3)):                                # branches leave the crack and thin out
+        a0, way, k, long = dice.uniform(-0.8, 0.8), dice.integer(0, 1) * 2 - 1, dice.uniform(0.5, 1.6) * (dice.integer(0, 1) * 2 - 1), dice.uniform(0.4, 1.3)
+        wob, slope2 = wave(dice, a, reach, 8, octaves=5)
+        at0, _ = wave_at(off, a, a0)
+        s = (a - a0) * way
+        bend = at0 * amp + shift + s * k + wob * np.clip(s, 0, 1) * 0.25
+        lines.append((np.abs(b - bend) / (1.0 + k * k) ** 0.5 + np.where(s < 0, -s, 0) * 2, half * 0.7 * smooth(long, 0.0, s) - np.where(s > long, 1, 0)))
+    dark = 0.0
+    for d, wd in lines:
+        dark = np.maximum(dark, smooth(0.6, -0.6, (d - wd) * (1.0 / f.px)) * np.clip(wd * (1.0 / half) + 0.3, 0, 1))
+    dark = dark * f.inside(dice) * strength
+    d = lines[0][0]
+    halo = smooth(half * 5, half, d) * dice.uniform(-0.1, 0.06)        # dust or damp along the edges
+    rgb *= 1.0 + (halo * f.inside(dice))[..., None]
+    tint(rgb, dark, [v * dice.uniform(0.8, 1.2) for v in (0.11, 0.10, 0.09)], dice.uniform(0.8, 0.97))
+
+
+def wave_at(curve, a, a0):
+    """The value of `curve` at the pixel whose coordinate a is nearest to a0."""
+    i = int(np.argmin(np.abs(a - a0)))
+    return float(curve.reshape(-1)[i]), i
+
+
+def paint_rust(rgb, f, dice, strength=1.0):
+    spots = 0.0
+    field = f.fbm(dice, 3, stretch=1.6, octaves=5, gain=0.6)
+    fine = f.fbm(dice, 12, stretch=4, octaves=4, gain=0.6)
+    for _ in range(dice.integer(1, 3)):
+        cx, cy = dice.uniform(-0.55, 0.55) * f.ex, dice.uniform(-0.75, 0.1) * f.ey
+        rx, ry = dice.uniform(0.15, 0.45), dice.uniform(0.15, 0.4)
+        u, v = (f.x - cx) / rx, (f.y - cy) / ry
+        spots = np.maximum(spots, smooth(1.7, 0.1, u * u + v * v + field * 1.0))
+        for _ in range(dice.integer(1, 4)):                            # streaks run down from the spot
+            sx, wide, long = cx + dice.uniform(-0.8, 0.8) * rx, dice.uniform(0.05, 0.16), dice.uniform(0.5, 1.7) * f.ey
+            wob, _ = wave(dice, f.y, 2 * f.ey + 1, 4)
+            g = np.abs(f.x - sx - wob * 0.06) / wide
+            fall = smooth(cy - 0.15, cy + 0.1, f.y) * smooth(cy + long, cy, f.y)
+            spots = np.maximum(spots, smooth(1.3, 0.0, g + fine * 0.25) * fall * dice.uniform(0.6, 1.0))
+    m = np.clip(spots * (0.95 + 0.35 * fine), 0, 1) * f.inside(dice) * strength
+    lum = np.clip(rgb[..., 1] * 1.35, 0.3, 1.1)[..., None]
+    hue = dice.uniform(0, 1)
+    light_rust = np.array([0.78, 0.50 - 0.06 * hue, 0.25 - 0.06 * hue], np.float32)
+    dark_rust = np.array([0.40, 0.20 + 0.03 * hue, 0.09], np.float32)
+    deep = smooth(0.55, 1.0, m)[..., None] * np.float32(dice.uniform(0.4, 1.0))
+    colour = (light_rust * (1 - deep) + dark_rust * deep) * lum
+    a = (smooth(0.02, 0.5, m) * np.float32(dice.uniform(0.75, 0.95)))[..., None]
+    rgb *= 1 - a
+    rgb += a * colour
+
+
+def paint_bloom(rgb, f, dice, strength=1.0):
+    """Efflorescence: white salts, as a curtain below a joint and as crusts."""
+    inside = f.inside(dice)
+    rough = f.fbm(dice, 7, octaves=5, gain=0.65)
+    fine = f.fbm(dice, 9, stretch=4, octaves=4, gain=0.6)
+    wob, _ = wave(dice, f.x, 2 * f.ex + 1, 4)
+    top = dice.uniform(-0.75, -0.1) * f.ey
+    seam = top + wob * 0.12 + f.x * dice.uniform(-0.35, 0.35)
+    long, _ = wave(dice, f.x, 2 * f.ex + 1, dice.integer(14, 30), octaves=3)
+    long = np.clip(0.45 + 0.75 * long, 0.06, 3) * dice.uniform(0.5, 1.3) * f.ey
+    below = f.y - seam
+    m = smooth(-0.08, 0.04, below + rough * 0.04) * smooth(1.0, 0.35, below / long + fine * 0.25)
+    for _ in range(dice.integer(0, 4)):
+        cx, cy, r = dice.uniform(-0.8, 0.8) * f.ex, dice.uniform(-0.7, 0.7) * f.ey, dice.uniform(0.1, 0.35)
+        u, v = (f.x - cx) / r, (f.y - cy) / r
+        m = np.maximum(m, smooth(1.3, 0.5, u * u + v * v + rough * 0.8))
+    damp = smooth(-0.25, 0.05, below) * smooth(2.2, 0.4, below / long + rough * 0.2)
+    rgb *= 1.0 - (damp * inside * dice.uniform(0.1, 0.35))[..., None]
+    m = np.clip(m * (1.0 + 0.45 * rough), 0, 1) * inside * strength
+    shade = relief(blur(m) * 0.06 + m * rough * 0.035, f.light, f.px)
+    white = np.array([0.95, 0.945, 0.92 - dice.uniform(0, 0.06)], np.float32) * np.float32(dice.uniform(0.9, 1.0))
+    a = (smooth(0.08, 0.6, m) * np.float32(dice.uniform(0.82, 0.97)))[..., None]
+    rgb *= 1 - a
+    rgb += a * white * (shade * (1.0 + 0.06 * rough))[..., None]
+
+
+def stones(dice, h, w, cells):
+    """Jittered-grid Worley cells: distance to the nearest point (0 centre, about 1 border) and a random number per cell."""
+    cy, cx = max(1, int(cells * h / min(h, w) + 0.5)), max(1, int(cells * w / min(h, w) + 0.5))
+    jy, jx, tone = dice.array(cy + 2, cx + 2), dice.array(cy + 2, cx + 2), dice.array(cy + 2, cx + 2)
+    y = ((np.arange(h) + 0.5) * (cy / h)).astype(np.float32)[:, None]
+    x = ((np.arange(w) + 0.5) * (cx / w)).astype(np.float32)[None]
+    iy, ix = y.astype(np.int64), x.astype(np.int64)
+    best, pick = np.full((h, w), 9, np.float32), np.zeros((h, w), np.float32)
+    for oy in (0, 1, 2):
+        for ox in (0, 1, 2):
+            ky, kx = iy + oy, ix + ox
+            dy, dx = y - (ky - 1) - jy[ky, kx], x - (kx - 1) - jx[ky, kx]
+            d = (dx * dx + dy * dy).astype(np.float32)
+            closer = d < best
+            best, pick = np.where(closer, d, best), np.where(closer, tone[ky, kx], pick)
+    return np.sqrt(best), pick
+
+
+def _broken(rgb, f, dice, mask, depth):
+    """Turn the surface under mask (h, w) into a broken one: aggregate, a lit rim and a shaded one."""
+    big, tone = stones(dice, f.h, f.w, dice.uniform(7, 12))
+    rough = f.fbm(dice, 6, octaves=5, gain=0.7)
+    stone = smooth(0.62, 0.42, big) * smooth(0.3, 0.4, tone)           # some cells hold a stone, the others mortar
+    height = mask * (-depth + rough * 0.035 + stone * 0.035 + blur(blur(mask)) * (-depth * 0.7))
+    shade = relief(blur(height), f.light, f.px)
+    base = float(dice.uniform(0.75, 1.05))
+    warm = dice.uniform(0.0, 0.1)
+    face = (base + (tone - 0.5) * stone * 0.55 + rough * 0.10)[..., None] * np.array([1 + warm, 1.0, 1 - warm * 1.2], np.float32)
+    level = float(rgb[..., 1].reshape(-1)[:: 7].min() * 0.3 + rgb[..., 1].reshape(-1)[:: 7].max() * 0.6)
+    m = mask[..., None]
+    rgb *= 1 - m
+    rgb += m * face * level
+    rgb *= shade[..., None]
+
+
+def paint_spall(rgb, f, dice, strength=1.0):
+    cx, cy = dice.uniform(-0.15, 0.15) * f.ex, dice.uniform(-0.15, 0.15) * f.ey
+    ax, ay = dice.uniform(0.6, 0.9) * f.ex, dice.uniform(0.6, 0.9) * f.ey
+    u, v = (f.x - cx) / ax, (f.y - cy) / ay
+    edge = f.fbm(dice, 2.5, octaves=5, gain=0.55)
+    d = np.sqrt(u * u + v * v) + edge * 0.28
+    mask = smooth(1.0 + f.px, 1.0 - f.px, d) * (f.inside(dice, 0.05) > 0.5).astype(np.float32)
+    _broken(rgb, f, dice, blur(mask), dice.uniform(0.05, 0.14))
+    away = f.light                                                     # the rim nearest to the light casts its shadow inwards
+    k = max(1, int(dice.uniform(0.04, 0.10) / f.px + 0.5))
+    shifted = move(mask, int(round_half(-away[0] * k)), int(round_half(-away[1] * k)))
+    rgb *= 1.0 - (np.clip(mask - shifted, 0, 1) * dice.uniform(0.35, 0.6))[..., None]
+
+
+def round_half(x):
+    return int(x + 0.5) if x >= 0 else -int(0.5 - x)
+
+
+def move(a, dx, dy):
+    """a (h, w) moved by whole pixels, edges repeated."""
+    h, w = a.shape
+    return a[np.clip(np.arange(h) - dy, 0, h - 1)][:, np.clip(np.arange(w) - dx, 0, w - 1)]
+
+
+def paint_bars(rgb, f, dice, strength=1.0):
+    """Exposed reinforcement: a long break with rusted ribbed bars lying in it."""
+    upright = f.ey > 1.3 or (f.ex < 1.3 and dice.chance(0.5))
+    a, b, la, lb = (f.y, f.x, f.ey, f.ex) if upright else (f.x, f.y, f.ex, f.ey)
+    b = b + a * dice.uniform(-0.18, 0.18)                              # not quite along the axis
+    count = dice.integer(1, 3)
+    edge = f.fbm(dice, 3, octaves=5, gain=0.55)
+    half = lb * dice.uniform(0.45, 0.75) if count == 1 else lb * dice.uniform(0.65, 0.9)
+    u, v = a / (la * dice.uniform(0.85, 1.1)), b / half
+    d = np.sqrt(u * u * u * u + v * v) + edge * 0.22
+    mask = smooth(1.0 + f.px, 1.0 - f.px, d) * (f.inside(dice, 0.05) > 0.5).astype(np.float32)
+    stain = smooth(1.5, 0.9, d + edge * 0.2) * f.inside(dice)
+    rust = np.array([1.12, 0.86, 0.62], np.float32)
+    rgb *= 1.0 + (stain * dice.uniform(0.2, 0.8))[..., None] * (rust - 1.0)
+    _broken(rgb, f, dice, blur(mask), dice.uniform(0.04, 0.1))
+    k = max(1, int(0.07 / f.px + 0.5))
+    shifted = move(mask, round_half(-f.light[0] * k), round_half(-f.light[1] * k))
+    rgb *= 1.0 - (np.clip(mask - shifted, 0, 1) * 0.5)[..., None]
+    light_b = f.light[0] if upright else f.light[1]
+    fine = f.fbm(dice, 10, octaves=4, gain=0.7)
+    radius = dice.uniform(0.09, 0.15)
+    pitch = radius * dice.uniform(0.7, 1.1)
+    hue, lean = dice.uniform(0, 1), dice.uniform(-0.8, 0.8)
+    bars = []
+    if dice.chance(0.5):                                               # a stirrup crosses below the bars
+        bars.append((b, a - dice.uniform(-0.5, 0.5) * la, radius * 0.65, f.light[1] if upright else f.light[0]))
+    for i in range(count):
+        c = ((i + 0.5) / count * 2 - 1) * half * 0.85 + dice.uniform(-0.08, 0.08)
+        bars.append((a, b - c - wave(dice, a, 2 * la + 1, 3)[0] * 0.03, radius * dice.uniform(0.85, 1.1), light_b))
+    for along, across, r, lit in bars:
+        t = across / r
+        shadow = smooth(2.2, 0.6, np.abs(t + lit * 0.9)) * mask
+        rgb *= 1.0 - (shadow * 0.6)[..., None]
+        p = along / pitch + t * lean
+        rib = np.abs(p - np.floor(p) - 0.5) * 2                        # 0 in the rib's middle
+        body = smooth(1.0 + f.px / r, 1.0 - f.px / r, np.abs(t)) * mask
+        round_ = np.sqrt(np.clip(1.0 - t * t * 0.95, 0, 1))
+        shade = (0.35 + 0.65 * round_) * (1.0 + t * lit * -0.45) * (1.12 - 0.3 * smooth(0.3, 0.7, rib)) * (1 + fine * 0.28)
+        colour = np.array([0.47, 0.27 + 0.05 * hue, 0.16 + 0.07 * hue], np.float32)
+        m = body[..., None]
+        rgb *= 1 - m
+        rgb += m * shade[..., None] * colour
+
+
+PAINT = {"CorrosionStain": paint_rust, "Crack": paint_crack, "Efflorescence": paint_bloom, "ExposedBars": paint_bars, "Spallation": paint_spall}
+
+
+def light_from(dice):
+    """Direction (x, y) towards the light: from above, more or less aslant."""
+    t = dice.uniform(-0.5, 0.5)
+    return 2 * t / (1 + t * t), -(1 - t * t) / (1 + t * t)
+
+
+def finish(rgb, dice):
+    """Uneven light, exposure and sensor noise: float (h, w, 3) -> uint8."""
+    h, w, _ = rgb.shape
+    x = (((np.arange(w) + 0.5) / w) * 2 - 1).astype(np.float32)
+    y = ((((np.arange(h) + 0.5) / h) * 2 - 1).astype(np.float32))[:, None]
+    fall = 1.0 + x * dice.uniform(-0.14, 0.14) + y * dice.uniform(-0.14, 0.14) - (x * x + y * y) * dice.uniform(0, 0.08)
+    fall = fall * dice.uniform(0.85, 1.12)
+    grain, chroma = dice.uniform(0.008, 0.03), dice.uniform(0.003, 0.012)
+    out = np.empty((h, w, 3), np.uint8)
+    step = max(1, 2 ** 20 // w)
+    for r in range(0, h, step):                                        # strips: the noise of a large photo need not be held at once
+        part = rgb[r:r + step] * fall[r:r + step, :, None]
+        n = part.shape[0]
+        g = (dice.array(n, w) + dice.array(n, w) - 1.0) * (2 * grain)
+        part += g[..., None]
+        part += (dice.array(n, w, 3) - 0.5) * (3 * chroma)
+        part *= 255.0
+        out[r:r + step] = (np.clip(part, 0, 255) + 0.5).astype(np.uint8)
+    return out
+
+
+def render(kind, size, dice):
+    """One photograph-like patch of a defect, (size, size, 3) uint8, drawn at double resolution."""
+    n = 2 * size
+    light = light_from(dice)
+    rgb = concrete(dice.fork(), n, n, n, light)
+    frame = Frame(n, n, light, zoom=dice.uniform(0.7, 0.95), dx=dice.uniform(-0.15, 0.15), dy=dice.uniform(-0.15, 0.15))
+    PAINT[kind](rgb, frame, dice.fork())
+    if dice.chance(0.3):                                               # slightly out of focus
+        rgb = blur(rgb)
+    rgb = (rgb[0::2, 0::2] + rgb[1::2, 0::2] + rgb[0::2, 1::2] + rgb[1::2, 1::2]) * np.float32(0.25)
+    return finish(rgb, dice.fork())
+
+
+def synthetic(n=500, size=64, seed=0):
+    """Render concrete defects: (images uint8 (n, size, size, 3), labels int64 (n,), the five class names).
+
+    Image k shows class k % 5 and depends on (k, size, seed) only, so a larger n continues a smaller one; the bytes are the
+    same on every platform and NumPy. size >= 8, seed >= 0.
+    """
+    if size < 8 or seed < 0 or n < 0:
+        raise ValueError(f"synthetic needs size >= 8, seed >= 0 and n >= 0, not size={size}, seed={seed}, n={n}")
+    labels = np.arange(n, dtype=np.int64) % len(CLASSES)
+    images = np.empty((n, size, size, 3), np.uint8)
+    for k in range(n):
+        images[k] = render(CLASSES[labels[k]], size, Dice(seed, k))
+    return images, labels, list(CLASSES)
