@@ -101,7 +101,7 @@ def relief(height, light, px):
     dx[:, 1:-1], dx[:, 0], dx[:, -1] = height[:, 2:] - height[:, :-2], 0, 0
     dy[1:-1], dy[0], dy[-1] = height[2:] - height[:-2], 0, 0
     s = (dx * -light[0] + dy * -light[1]) * (-0.5 / px)
-    return np.clip(1.0 + s, 0.35, 1.5)
+    return 1.0 + s / np.sqrt(1.0 + s * s * 2.5)                         # bounded: 0.37..1.63
 
 
 def tint(rgb, mask, colour, strength=1.0):
@@ -166,7 +166,7 @@ def concrete(dice, h, w, unit, light):
     return rgb
 
 
-def paint_crack(rgb, f, dice, strength=1.0):
+def paint_crack(rgb, f, dice):
     sx, sy = dice.uniform(0.15, 1) * f.ex, dice.uniform(0.15, 1) * f.ey * (1 if dice.chance(0.5) else -1)
     r = (sx * sx + sy * sy) ** 0.5
     dx, dy = sx / r, sy / r
@@ -181,54 +181,49 @@ def paint_crack(rgb, f, dice, strength=1.0):
     for _ in range(dice.integer(0, 3)):                                # branches leave the crack and thin out
         a0, way, k, long = dice.uniform(-0.8, 0.8), dice.integer(0, 1) * 2 - 1, dice.uniform(0.5, 1.6) * (dice.integer(0, 1) * 2 - 1), dice.uniform(0.4, 1.3)
         wob, slope2 = wave(dice, a, reach, 8, octaves=5)
-        at0, _ = wave_at(off, a, a0)
+        at0 = float(off.reshape(-1)[int(np.argmin(np.abs(a - a0)))])
         s = (a - a0) * way
-        bend = at0 * amp + shift + s * k + wob * np.clip(s, 0, 1) * 0.25
+        bend = at0 * amp + shift + s * k + (wob + off * 0.5) * np.clip(s * 4, 0, 1) * 0.16
         lines.append((np.abs(b - bend) / (1.0 + k * k) ** 0.5 + np.where(s < 0, -s, 0) * 2, half * 0.7 * smooth(long, 0.0, s) - np.where(s > long, 1, 0)))
     dark = 0.0
     for d, wd in lines:
         dark = np.maximum(dark, smooth(0.6, -0.6, (d - wd) * (1.0 / f.px)) * np.clip(wd * (1.0 / half) + 0.3, 0, 1))
-    dark = dark * f.inside(dice) * strength
+    dark = dark * f.inside(dice)
     d = lines[0][0]
     halo = smooth(half * 5, half, d) * dice.uniform(-0.1, 0.06)        # dust or damp along the edges
     rgb *= 1.0 + (halo * f.inside(dice))[..., None]
     tint(rgb, dark, [v * dice.uniform(0.8, 1.2) for v in (0.11, 0.10, 0.09)], dice.uniform(0.8, 0.97))
 
 
-def wave_at(curve, a, a0):
-    """The value of `curve` at the pixel whose coordinate a is nearest to a0."""
-    i = int(np.argmin(np.abs(a - a0)))
-    return float(curve.reshape(-1)[i]), i
-
-
-def paint_rust(rgb, f, dice, strength=1.0):
+def paint_rust(rgb, f, dice):
+    field = f.fbm(dice, 2.5, stretch=1.5, octaves=5, gain=0.65)
+    fine = f.fbm(dice, 9, stretch=3.5, octaves=4, gain=0.65)
     spots = 0.0
-    field = f.fbm(dice, 3, stretch=1.6, octaves=5, gain=0.6)
-    fine = f.fbm(dice, 12, stretch=4, octaves=4, gain=0.6)
     for _ in range(dice.integer(1, 3)):
-        cx, cy = dice.uniform(-0.55, 0.55) * f.ex, dice.uniform(-0.75, 0.1) * f.ey
-        rx, ry = dice.uniform(0.15, 0.45), dice.uniform(0.15, 0.4)
+        cx, cy = dice.uniform(-0.6, 0.6) * f.ex, dice.uniform(-0.8, 0.1) * f.ey
+        rx, ry = dice.uniform(0.15, 0.55), dice.uniform(0.12, 0.4)
         u, v = (f.x - cx) / rx, (f.y - cy) / ry
-        spots = np.maximum(spots, smooth(1.7, 0.1, u * u + v * v + field * 1.0))
-        for _ in range(dice.integer(1, 4)):                            # streaks run down from the spot
-            sx, wide, long = cx + dice.uniform(-0.8, 0.8) * rx, dice.uniform(0.05, 0.16), dice.uniform(0.5, 1.7) * f.ey
+        spots = np.maximum(spots, smooth(1.9, -0.5, np.sqrt(u * u + v * v) + field * 0.55 + fine * 0.2))
+        for _ in range(dice.integer(1, 5)):                            # streaks run down from the spot
+            sx, wide, long = cx + dice.uniform(-0.9, 0.9) * rx, dice.uniform(0.05, 0.22), dice.uniform(0.5, 1.9) * f.ey
             wob, _ = wave(dice, f.y, 2 * f.ey + 1, 4)
-            g = np.abs(f.x - sx - wob * 0.06) / wide
-            fall = smooth(cy - 0.15, cy + 0.1, f.y) * smooth(cy + long, cy, f.y)
-            spots = np.maximum(spots, smooth(1.3, 0.0, g + fine * 0.25) * fall * dice.uniform(0.6, 1.0))
-    m = np.clip(spots * (0.95 + 0.35 * fine), 0, 1) * f.inside(dice) * strength
-    lum = np.clip(rgb[..., 1] * 1.35, 0.3, 1.1)[..., None]
+            g = np.abs(f.x - sx - wob * 0.07) / wide
+            fall = smooth(cy - 0.2, cy + 0.15, f.y) * smooth(cy + long, cy - 0.2, f.y)
+            spots = np.maximum(spots, smooth(1.5, -0.2, g + fine * 0.35) * fall * dice.uniform(0.5, 1.0))
+    m = np.clip(spots * (1.0 + 0.3 * fine) - 0.05, 0, 1) * f.inside(dice, 0.25)
+    lum = np.clip(rgb[..., 1], 0.15, 1.0)[..., None]
     hue = dice.uniform(0, 1)
-    light_rust = np.array([0.78, 0.50 - 0.06 * hue, 0.25 - 0.06 * hue], np.float32)
-    dark_rust = np.array([0.40, 0.20 + 0.03 * hue, 0.09], np.float32)
-    deep = smooth(0.55, 1.0, m)[..., None] * np.float32(dice.uniform(0.4, 1.0))
-    colour = (light_rust * (1 - deep) + dark_rust * deep) * lum
-    a = (smooth(0.02, 0.5, m) * np.float32(dice.uniform(0.75, 0.95)))[..., None]
+    thin = np.array([1.12, 0.85 - 0.04 * hue, 0.55 - 0.08 * hue], np.float32)       # a wash of rust lets the concrete through
+    thick = np.array([0.80, 0.40 + 0.05 * hue, 0.18 + 0.05 * hue], np.float32)
+    crust = np.array([0.36, 0.22, 0.14], np.float32)
+    a = (smooth(0.0, 0.45, m))[..., None]
+    b = (smooth(0.25, 0.8, m) * np.float32(dice.uniform(0.7, 1.0)))[..., None]
+    c = (smooth(0.7, 1.0, m + fine * 0.12) * np.float32(dice.uniform(0.2, 0.8)))[..., None]
     rgb *= 1 - a
-    rgb += a * colour
+    rgb += a * ((thin * (1 - b) + thick * b) * (1 - c) + crust * c) * lum
 
 
-def paint_bloom(rgb, f, dice, strength=1.0):
+def paint_bloom(rgb, f, dice):
     """Efflorescence: white salts, as a curtain below a joint and as crusts."""
     inside = f.inside(dice)
     rough = f.fbm(dice, 7, octaves=5, gain=0.65)
@@ -246,10 +241,12 @@ def paint_bloom(rgb, f, dice, strength=1.0):
         m = np.maximum(m, smooth(1.3, 0.5, u * u + v * v + rough * 0.8))
     damp = smooth(-0.25, 0.05, below) * smooth(2.2, 0.4, below / long + rough * 0.2)
     rgb *= 1.0 - (damp * inside * dice.uniform(0.1, 0.35))[..., None]
-    m = np.clip(m * (1.0 + 0.45 * rough), 0, 1) * inside * strength
-    shade = relief(blur(m) * 0.06 + m * rough * 0.035, f.light, f.px)
+    m = np.clip(m * (1.0 + 0.45 * rough), 0, 1) * inside
+    shade = relief(blur(blur(m)) * 0.035 + m * rough * 0.015, f.light, f.px)
     white = np.array([0.95, 0.945, 0.92 - dice.uniform(0, 0.06)], np.float32) * np.float32(dice.uniform(0.9, 1.0))
-    a = (smooth(0.08, 0.6, m) * np.float32(dice.uniform(0.82, 0.97)))[..., None]
+    veil = smooth(-0.12, 0.1, below) * smooth(1.5, 0.2, below / long + fine * 0.45) * np.clip(0.6 + rough * 0.5, 0, 1) * inside
+    thick = smooth(0.1, dice.uniform(0.6, 1.3), m + fine * 0.12 * m) * dice.uniform(0.75, 0.96)
+    a = np.maximum(veil * dice.uniform(0.2, 0.6), thick).astype(np.float32)[..., None]
     rgb *= 1 - a
     rgb += a * white * (shade * (1.0 + 0.06 * rough))[..., None]
 
@@ -277,7 +274,7 @@ def _broken(rgb, f, dice, mask, depth):
     big, tone = stones(dice, f.h, f.w, dice.uniform(7, 12))
     rough = f.fbm(dice, 6, octaves=5, gain=0.7)
     stone = smooth(0.62, 0.42, big) * smooth(0.3, 0.4, tone)           # some cells hold a stone, the others mortar
-    height = mask * (-depth + rough * 0.035 + stone * 0.035 + blur(blur(mask)) * (-depth * 0.7))
+    height = mask * (-depth + rough * 0.018 + stone * 0.022 + blur(blur(mask)) * (-depth * 0.5))
     shade = relief(blur(height), f.light, f.px)
     base = float(dice.uniform(0.75, 1.05))
     warm = dice.uniform(0.0, 0.1)
@@ -286,20 +283,20 @@ def _broken(rgb, f, dice, mask, depth):
     m = mask[..., None]
     rgb *= 1 - m
     rgb += m * face * level
-    rgb *= shade[..., None]
+    rgb *= (1.0 + (shade - 1.0) * 0.8)[..., None]
 
 
-def paint_spall(rgb, f, dice, strength=1.0):
+def paint_spall(rgb, f, dice):
     cx, cy = dice.uniform(-0.15, 0.15) * f.ex, dice.uniform(-0.15, 0.15) * f.ey
     ax, ay = dice.uniform(0.6, 0.9) * f.ex, dice.uniform(0.6, 0.9) * f.ey
     u, v = (f.x - cx) / ax, (f.y - cy) / ay
     edge = f.fbm(dice, 2.5, octaves=5, gain=0.55)
     d = np.sqrt(u * u + v * v) + edge * 0.28
     mask = smooth(1.0 + f.px, 1.0 - f.px, d) * (f.inside(dice, 0.05) > 0.5).astype(np.float32)
-    _broken(rgb, f, dice, blur(mask), dice.uniform(0.05, 0.14))
+    _broken(rgb, f, dice, blur(mask), dice.uniform(0.03, 0.09))
     away = f.light                                                     # the rim nearest to the light casts its shadow inwards
     k = max(1, int(dice.uniform(0.04, 0.10) / f.px + 0.5))
-    shifted = move(mask, int(round_half(-away[0] * k)), int(round_half(-away[1] * k)))
+    shifted = move(mask, round_half(-away[0] * k), round_half(-away[1] * k))
     rgb *= 1.0 - (np.clip(mask - shifted, 0, 1) * dice.uniform(0.35, 0.6))[..., None]
 
 
@@ -313,7 +310,7 @@ def move(a, dx, dy):
     return a[np.clip(np.arange(h) - dy, 0, h - 1)][:, np.clip(np.arange(w) - dx, 0, w - 1)]
 
 
-def paint_bars(rgb, f, dice, strength=1.0):
+def paint_bars(rgb, f, dice):
     """Exposed reinforcement: a long break with rusted ribbed bars lying in it."""
     upright = f.ey > 1.3 or (f.ex < 1.3 and dice.chance(0.5))
     a, b, la, lb = (f.y, f.x, f.ey, f.ex) if upright else (f.x, f.y, f.ex, f.ey)
@@ -351,7 +348,7 @@ def paint_bars(rgb, f, dice, strength=1.0):
         body = smooth(1.0 + f.px / r, 1.0 - f.px / r, np.abs(t)) * mask
         round_ = np.sqrt(np.clip(1.0 - t * t * 0.95, 0, 1))
         shade = (0.35 + 0.65 * round_) * (1.0 + t * lit * -0.45) * (1.12 - 0.3 * smooth(0.3, 0.7, rib)) * (1 + fine * 0.28)
-        colour = np.array([0.47, 0.27 + 0.05 * hue, 0.16 + 0.07 * hue], np.float32)
+        colour = np.array([0.45, 0.28 + 0.06 * hue, 0.18 + 0.1 * hue], np.float32)
         m = body[..., None]
         rgb *= 1 - m
         rgb += m * shade[..., None] * colour
