@@ -279,7 +279,7 @@ def _broken(rgb, f, dice, mask, depth):
     base = float(dice.uniform(0.75, 1.05))
     warm = dice.uniform(0.0, 0.1)
     face = (base + (tone - 0.5) * stone * 0.55 + rough * 0.10)[..., None] * np.array([1 + warm, 1.0, 1 - warm * 1.2], np.float32)
-    level = float(rgb[..., 1].reshape(-1)[:: 7].min() * 0.3 + rgb[..., 1].reshape(-1)[:: 7].max() * 0.6)
+    level = float(rgb[..., 1].min()) * 0.3 + float(rgb[..., 1].max()) * 0.6
     m = mask[..., None]
     rgb *= 1 - m
     rgb += m * face * level
