@@ -1,0 +1,139 @@
+"""ACGAN: a GAN that is told the class of the image it shall draw, and whose discriminator names the class it sees.
+
+Classes are the sorted names of the folders below --data (Crack/, Efflorescence/, ...).
+
+Train one (the baseline; every flag of okd_train.py works here too):
+    python acgan.py --data crops/
+
+Train three that teach each other:
+    torchrun okd_train.py --model acgan --groups 3 --data crops/
+
+Source: A. Odena et al., Conditional Image Synthesis with Auxiliary Classifier GANs, 2017, with networks for 64x64
+in place of the toy sizes; at 64x64 G has 3.8 M parameters, D and the connector 2.8 M each.
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------- settings
+hparams = dict(
+    image_size=64,              # 32, 64 or 128
+    z_dim=128,
+    n_classes=5,                # the trainer puts the number of class folders here
+    ch=64,
+    batch_size=5,
+    g_lr=1e-4,
+    d_lr=4e-4,
+    c_lr=5e-5,
+    beta1=0.0,
+    beta2=0.9,
+    n_critic=1,
+    rho=0.5,
+    loss="bce",                 # bce | wgan-gp (then D has no BatchNorm)
+    lambda_gp=10.0,             # only with wgan-gp
+    c_aux=1.0,                  # weight of the class part in the connector's loss
+)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+def _levels(image_size):
+    """Number of stride-2 blocks between 4x4 and half the image size: 2, 3 or 4."""
+    if image_size not in (32, 64, 128):
+        raise ValueError(f"image_size is {image_size}; acgan.py is built for 32, 64 and 128")
+    return {32: 2, 64: 3, 128: 4}[image_size]
+
+
+class Generator(nn.Module):
+    """z (B, z_dim), y (B,) int64 in [0, n_classes) -> images (B, 3, image_size, image_size) in [-1, 1].
+
+    The label enters as a learned vector that multiplies z.
+    """
+
+    def __init__(self, image_size=64, z_dim=128, n_classes=5, ch=64):
+        super().__init__()
+        levels = _levels(image_size)
+        width = ch * 2 ** levels
+        self.embed = nn.Embedding(n_classes, z_dim)
+        layers = [nn.ConvTranspose2d(z_dim, width, 4), nn.BatchNorm2d(width), nn.ReLU()]             # 4x4
+        for _ in range(levels):
+            layers += [nn.ConvTranspose2d(width, width // 2, 4, 2, 1), nn.BatchNorm2d(width // 2), nn.ReLU()]
+            width //= 2
+        self.net = nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh())
+
+    def forward(self, z, y):
+        return self.net((z * self.embed(y))[:, :, None, None])
+
+
+class Discriminator(nn.Module):
+    """Images (B, 3, image_size, image_size) -> (source logits (B,), class logits (B, n_classes)).
+
+    BatchNorm after the first block with loss="bce"; none with "wgan-gp", where the penalty is per sample.
+    """
+
+    def __init__(self, image_size=64, n_classes=5, ch=64, loss="bce"):
+        super().__init__()
+        if loss not in ("bce", "wgan-gp"):
+            raise ValueError(f"loss is {loss!r}; it is bce or wgan-gp")
+        layers, inp, width = [], 3, ch
+        for level in range(_levels(image_size) + 1):
+            layers.append(nn.Conv2d(inp, width, 4, 2, 1))
+            if level and loss == "bce":
+                layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.LeakyReLU(0.2))
+            inp, width = width, width * 2
+        self.net = nn.Sequential(*layers, nn.Flatten())
+        self.source = nn.Linear(inp * 4 * 4, 1)
+        self.label = nn.Linear(inp * 4 * 4, n_classes)
+
+    def forward(self, x):
+        h = self.net(x)
+        return self.source(h).flatten(), self.label(h)
+
+
+# ---------------------------------------------------------------------------------------------- losses
+def _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, aux):
+    (s_real, c_real), (s_fake, c_fake) = D(real), D(fake)           # two passes: BatchNorm sees real and fake apart
+    if loss == "bce":
+        source = (F.binary_cross_entropy_with_logits(s_real, torch.ones_like(s_real))
+                  + F.binary_cross_entropy_with_logits(s_fake, torch.zeros_like(s_fake)))
+    else:
+        source = s_fake.mean() - s_real.mean()
+    classes = F.cross_entropy(c_real, y_real) + F.cross_entropy(c_fake, y_fake)
+    logs = {"w": (s_real.mean() - s_fake.mean()).detach(), "class_loss": classes.detach(),
+            "accuracy": (c_real.argmax(1) == y_real).float().mean()}
+    if loss == "wgan-gp":
+        eps = torch.rand(len(real), 1, 1, 1, device=real.device) if eps is None else eps
+        x = torch.lerp(fake, real, eps).requires_grad_()
+        with torch.autocast(x.device.type, enabled=False):          # a second derivative wants more than 8 bits
+            grad, = torch.autograd.grad(D(x)[0].sum(), x, create_graph=True)       # never through the class head
+        norm = torch.linalg.vector_norm(grad.flatten(1), dim=1)
+        source = source + lambda_gp * (norm - 1).square().mean()
+        logs["grad_norm"] = norm.detach().mean()
+    return source + aux * classes, logs
+
+
+def discriminator_loss(D, real, fake, y_real, y_fake, eps=None, loss="bce", lambda_gp=10.0):
+    """Source loss + class loss, 1:1, each summed over real and fake (L_S + L_C of the paper); means over the batch.
+
+    real, fake (B, 3, H, W), fake detached; y_real, y_fake (B,) int64 -> (scalar, logs). eps (B, 1, 1, 1): uniforms for the
+    penalty of wgan-gp.
+    """
+    return _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, 1.0)
+
+
+def connector_loss(C, neighbour, own, y_neighbour, y_own, eps=None, loss="bce", lambda_gp=10.0, c_aux=1.0):
+    """The same with the neighbour's images as real; the labels are those that both generators were asked for."""
+    return _critic_loss(C, neighbour, own, y_neighbour, y_own, eps, loss, lambda_gp, c_aux)
+
+
+def generator_loss(D, fake, y, loss="bce"):
+    """fake (B, 3, H, W) with its graph, y (B,): look real, and like the class that was asked for -> scalar."""
+    source, label = D(fake)
+    look_real = F.binary_cross_entropy_with_logits(source, torch.ones_like(source)) if loss == "bce" else -source.mean()
+    return look_real + F.cross_entropy(label, y)
+
+
+if __name__ == "__main__":
+    import sys
+    import okd_train
+    okd_train.main(["--model", __file__, "--groups", "1", *sys.argv[1:]])

@@ -1,0 +1,184 @@
+"""SAGAN: a self-attention GAN for 32x32, 64x64 and 128x128 RGB images. Networks and losses in one file.
+
+Train one SAGAN (the baseline of the ring; every flag of okd_train.py works here too):
+    python sagan.py --data crops/
+
+Train three that teach each other:
+    torchrun okd_train.py --model sagan --groups 3 --data crops/
+
+Use the networks elsewhere: copy this file. With the folder kernels/ beside it attention is fused on CUDA, without it the
+two lines below do the same.
+
+Sources: H. Zhang et al., Self-Attention Generative Adversarial Networks, 2019 (attention, hinge loss, rates);
+I. Gulrajani et al., Improved Training of Wasserstein GANs, 2017 (gradient penalty); T. Miyato et al., Spectral
+Normalization for GANs, 2018. The layer sizes at 64x64 are those of the public PyTorch Self-Attention-GAN that the
+OKD-SAGAN paper builds on: G has 3,832,885 trainable parameters, D and the connector 3,175,299 each.
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
+
+try:
+    from kernels.attention import self_attention
+except ImportError:
+    def self_attention(q, k, v):
+        """q, k (B, Cq, N), v (B, C, N) -> (B, C, N): softmax over the keys, no scale."""
+        p = torch.softmax(q.transpose(1, 2) @ k, dim=-1)            # (B, N queries, N keys)
+        return (p @ v.transpose(1, 2)).transpose(1, 2)              # p @ v^T: v @ p^T would copy p in its backward
+
+# ---------------------------------------------------------------------------------------------- settings
+# Every key is a flag of the trainer: g_lr -> --g-lr.
+hparams = dict(
+    image_size=64,              # 32, 64 or 128
+    z_dim=128,                  # z ~ N(0, I)
+    ch=64,                      # width: channels of the widest feature map
+    batch_size=25,
+    g_lr=1e-4,                  # two time scales: the critics learn faster than the generator
+    d_lr=4e-4,
+    c_lr=5e-5,                  # connectors
+    beta1=0.0,
+    beta2=0.9,
+    n_critic=1,                 # discriminator steps per generator step
+    rho=0.5,                    # weight of the connector in the generator's loss; above 1 copying the neighbour pays
+    loss="wgan-gp",             # wgan-gp | hinge (no penalty)
+    lambda_gp=10.0,
+    c_penalty="two-sided",      # two-sided | one-sided: one-sided leaves connectors alone where both generators agree
+    spectral_norm="both",       # both | g | d | none; d means discriminators and connectors
+)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+class SelfAttention(nn.Module):
+    """x (B, C, H, W) -> gamma * attention(x) + x, every position looking at every other one.
+
+    q and k have C // 8 channels, v has C; no scale 1 / sqrt(d), no pooling. gamma starts at 0, so the layer starts as
+    the identity and earns its influence.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.query = nn.Conv2d(channels, max(1, channels // 8), 1)
+        self.key = nn.Conv2d(channels, max(1, channels // 8), 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        o = self_attention(self.query(x).flatten(2), self.key(x).flatten(2), self.value(x).flatten(2))  # (B, C, H*W)
+        return self.gamma * o.view_as(x) + x
+
+    def attention_map(self, x):
+        """x (B, C, H, W) -> (B, H*W, H*W): row j holds where position j looks; rows sum to 1."""
+        return torch.softmax(self.query(x).flatten(2).transpose(1, 2) @ self.key(x).flatten(2), dim=-1)
+
+
+def _levels(image_size):
+    """Number of stride-2 blocks between 4x4 and half the image size: 2, 3 or 4."""
+    if image_size not in (32, 64, 128):
+        raise ValueError(f"image_size is {image_size}; sagan.py is built for 32, 64 and 128")
+    return {32: 2, 64: 3, 128: 4}[image_size]
+
+
+def _normed(which, spectral_norm):
+    """The wrapper for a layer of network `which` ("g" or "d") under the setting `spectral_norm`."""
+    if spectral_norm not in ("both", "g", "d", "none"):
+        raise ValueError(f"spectral_norm is {spectral_norm!r}; it is one of both, g, d, none")
+    return torch_spectral_norm if spectral_norm in ("both", which) else lambda layer: layer
+
+
+class Generator(nn.Module):
+    """z (B, z_dim) -> images (B, 3, image_size, image_size) in [-1, 1].
+
+    At 64x64: 512 channels at 4x4, 256 at 8x8, 128 at 16x16 + attention, 64 at 32x32 + attention, 3 at 64x64. Attention
+    follows the last two hidden blocks, but never works on more than 32x32 positions.
+    """
+
+    def __init__(self, image_size=64, z_dim=128, ch=64, spectral_norm="both"):
+        super().__init__()
+        levels, sn = _levels(image_size), _normed("g", spectral_norm)
+        width, size = ch * 2 ** levels, 4
+        layers = [sn(nn.ConvTranspose2d(z_dim, width, 4)), nn.BatchNorm2d(width), nn.ReLU()]
+        for _ in range(levels):
+            layers += [sn(nn.ConvTranspose2d(width, width // 2, 4, 2, 1)), nn.BatchNorm2d(width // 2), nn.ReLU()]
+            width, size = width // 2, size * 2
+            if size in {32: (8, 16)}.get(image_size, (16, 32)):
+                layers.append(SelfAttention(width))
+        self.net = nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh())
+
+    def forward(self, z):
+        return self.net(z[:, :, None, None])
+
+
+class Discriminator(nn.Module):
+    """Images (B, 3, image_size, image_size) -> scores (B,), unbounded, high for real. Connectors are built from it too.
+
+    At 64x64: 64 channels at 32x32, 128 at 16x16, 256 at 8x8 + attention, 512 at 4x4 + attention. No BatchNorm: a
+    penalised critic must score each sample by itself.
+    """
+
+    def __init__(self, image_size=64, ch=64, spectral_norm="both"):
+        super().__init__()
+        levels, sn = _levels(image_size), _normed("d", spectral_norm)
+        layers, inp, width = [], 3, ch
+        for level in range(levels + 1):
+            layers += [sn(nn.Conv2d(inp, width, 4, 2, 1)), nn.LeakyReLU(0.1)]
+            if level >= levels - 1:
+                layers.append(SelfAttention(width))
+            inp, width = width, width * 2
+        self.net = nn.Sequential(*layers, nn.Conv2d(inp, 1, 4))
+
+    def forward(self, x):
+        return self.net(x).flatten()                                # (B, 1, 1, 1) -> (B,)
+
+
+# ---------------------------------------------------------------------------------------------- losses
+def gradient_penalty(D, a, b, eps=None, one_sided=False):
+    """Mean over the batch of (|grad D(x)| - 1)^2 at x = eps * a + (1 - eps) * b, and the mean of |grad D(x)|.
+
+    a, b (B, C, H, W); eps (B, 1, 1, 1) in [0, 1), drawn here if None. The norm runs over C, H, W of each sample and has
+    the gradient 0 where it is 0 (the square root of a sum of squares has NaN there). one_sided: max(0, |grad| - 1)^2.
+    """
+    eps = torch.rand(len(a), 1, 1, 1, device=a.device, dtype=a.dtype) if eps is None else eps
+    x = torch.lerp(b, a, eps).requires_grad_()
+    with torch.autocast(x.device.type, enabled=False):              # a second derivative wants more than 8 bits
+        grad, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    norm = torch.linalg.vector_norm(grad.flatten(1), dim=1)         # (B,)
+    excess = norm - 1
+    if one_sided:
+        excess = excess.clamp(min=0)
+    return excess.square().mean(), norm.detach().mean()
+
+
+def _critic_loss(D, real, fake, eps, lambda_gp, loss, one_sided):
+    s = D(torch.cat([real, fake]))                                  # one pass: no layer mixes samples
+    s_real, s_fake = s[:len(real)], s[len(real):]
+    logs = {"w": (s_real.mean() - s_fake.mean()).detach()}
+    if loss == "hinge":
+        return F.relu(1 - s_real).mean() + F.relu(1 + s_fake).mean(), logs
+    if loss != "wgan-gp":
+        raise ValueError(f"loss is {loss!r}; it is wgan-gp or hinge")
+    penalty, logs["grad_norm"] = gradient_penalty(D, real, fake, eps, one_sided)
+    return s_fake.mean() - s_real.mean() + lambda_gp * penalty, logs
+
+
+def discriminator_loss(D, real, fake, eps=None, lambda_gp=10.0, loss="wgan-gp"):
+    """real, fake (B, 3, H, W), fake detached -> (scalar, {w: E D(real) - E D(fake), grad_norm: mean |grad D|})."""
+    return _critic_loss(D, real, fake, eps, lambda_gp, loss, one_sided=False)
+
+
+def connector_loss(C, neighbour, own, eps=None, lambda_gp=10.0, loss="wgan-gp", c_penalty="two-sided"):
+    """The discriminator's loss with the neighbour's images as real and the group's own as fake; all detached."""
+    if c_penalty not in ("two-sided", "one-sided"):
+        raise ValueError(f"c_penalty is {c_penalty!r}; it is two-sided or one-sided")
+    return _critic_loss(C, neighbour, own, eps, lambda_gp, loss, c_penalty == "one-sided")
+
+
+def generator_loss(D, fake):
+    """fake (B, 3, H, W) with its graph -> scalar. The same for wgan-gp and hinge."""
+    return -D(fake).mean()
+
+
+if __name__ == "__main__":
+    import sys
+    import okd_train
+    okd_train.main(["--model", __file__, "--groups", "1", *sys.argv[1:]])
