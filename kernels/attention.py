@@ -1,0 +1,699 @@
+"""Self-attention over positions, fused, with two derivatives (Triton), and its plain PyTorch fallback.
+
+    from kernels.attention import self_attention
+    o = self_attention(q, k, v)          # q, k (B, Cq, N); v (B, C, N) -> o (B, C, N)
+
+    python -m kernels.bench_attention    # times it; kernels/README.md holds the tables
+
+Why it exists. A gradient penalty differentiates the critic's input gradient once more, so every layer of
+the critic is differentiated twice. Fused attention has no second derivative anywhere else: it raises there,
+or hands back a gradient that is cut off from the graph without a word. Here the backward pass is itself a
+differentiable function, and so nothing of size N x N is ever stored.
+
+Derivation. One image, positions as rows: Q, K (N, Cq), V, O (N, C); i counts queries, j keys; * is
+elementwise, products without a sign are matrix products, and <X>_i = sum_j X_ij.
+
+    S = Q K^T      P = softmax over j      O = P V
+
+The softmax's differential is dP_ij = P_ij (dS_ij - <P*dS>_i). Its matrix is symmetric, so the same map carries
+gradients back. With G = dL/dO, which makes X = G V^T the gradient of P:
+
+    D = <P*X> = rowsum(G*O)     Z = P*(X - D)                               (Z is the gradient of S)
+    dQ = Z K       dK = Z^T Q       dV = P^T G
+
+Now let A, B, E be the gradients of a second loss with respect to dQ, dK, dV. That loss varies with Z at rate
+M = A K^T + Q B^T, and Z is linear in X and quadratic in P:
+
+    through X:   W = P*(M - m), m = <P*M>                                   (the softmax map, applied to M)
+                 gV = W^T G,    gG = W V + P E
+    through P:   dZ = dP*(X - D) - P*<dP*X>, so P gets T = M*(X - D) - m X, and from dV its share F = G E^T.
+                 Mapped back to S:  gS = P*((M - m)*(X - D) + F - u), u = <Z*M + P*F>
+                 (constants of a row vanish under the map, which is where -m X became -m (X - D))
+    K and Q also stand beside Z in dQ and dK, and A, B in M:
+                 gQ = gS K + Z B,   gK = gS^T Q + Z^T A
+
+A row needs only its logsumexp, D, m and u from outside its block, so P is recomputed block by block and
+memory stays O(N). Two families: `small` (N <= 64) holds a whole image's P in one program, one launch per
+derivative; `tiled` (any N) sweeps rows for dQ, gQ, gG and columns for dK, dV, gK, gV. No two programs write
+one address and nothing is summed in an order that varies: equal input gives equal bits.
+
+The mean of K over the positions shifts every S_ij of a row alike, and so does that of B in M: both are taken
+off first. It changes nothing on paper and keeps tf32 and bf16 from cancelling digits (gQ off by 0.9 against
+1e-3 at a mean of 30).
+"""
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch.autograd import Function
+
+from .reference import attention, attention_blocked
+
+SMALL_N = 64        # up to here a whole N x N tile fits one program's registers; at 128 the double backward spills
+TRITON_FROM_N = 256 # "auto" takes Triton from here on. Not measured yet: to be replaced by what the benchmark shows
+MAX_CQ = 64         # wider queries would need a loop over Cq too
+LOG2E = 1.4426950408889634
+
+# Launch table: kernel -> class of arithmetic -> (rows a program owns, positions per inner step, channels per step, warps, stages).
+# Fixed, not tuned at run time: the same numbers on every run, no stall at the first call, safe while a CUDA graph is
+# captured. tests/test_kernels.py compiles every row for sm_80 and sm_90 and holds it to SHARED_KIB and 256 bytes of spills.
+TABLE = {
+    "small_forward":         {"tf32": (0, 0, 64, 4, 1), "ieee": (0, 0, 32, 8, 1), "half": (0, 0, 64, 4, 1), "double": (0, 0, 16, 8, 1)},
+    "small_backward":        {"tf32": (0, 0, 32, 8, 1), "ieee": (0, 0, 32, 8, 1), "half": (0, 0, 64, 8, 1), "double": (0, 0, 16, 8, 1)},
+    "small_double_backward": {"tf32": (0, 0, 32, 8, 1), "ieee": (0, 0, 16, 8, 1), "half": (0, 0, 32, 8, 1), "double": (0, 0, 16, 8, 1)},
+    "tiled_forward":         {"tf32": (64, 64, 64, 4, 2), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 128, 4, 2), "double": (32, 32, 32, 4, 1)},
+    "tiled_rows":            {"tf32": (64, 64, 64, 4, 2), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 128, 4, 2), "double": (32, 32, 32, 4, 1)},
+    "tiled_columns":         {"tf32": (64, 64, 64, 4, 2), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 128, 4, 2), "double": (32, 32, 32, 4, 1)},
+    "tiled_double_q":        {"tf32": (64, 32, 64, 4, 1), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 64, 4, 1), "double": (32, 32, 32, 4, 1)},
+    "tiled_double_g":        {"tf32": (64, 64, 64, 4, 1), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 64, 4, 1), "double": (32, 32, 32, 4, 1)},
+    "tiled_double_columns":  {"tf32": (64, 32, 64, 4, 1), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 64, 4, 1), "double": (32, 32, 32, 4, 1)},
+}
+
+SHARED_KIB = {"small": dict(tf32=164, ieee=164, half=164, double=164), "tiled": dict(tf32=164, ieee=164, half=164, double=164)}
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kernels. They are jitted by _load() at the first launch: importing this file imports no Triton.
+
+_KERNELS = []
+
+
+def _jit(fn):
+    _KERNELS.append(fn.__name__)
+    return fn
+
+
+def _load():
+    """Imports Triton and jits the functions below in place (helpers too: kernels look them up as globals)."""
+    global triton, tl
+    import triton
+    import triton.language as tl
+    while _KERNELS:
+        name = _KERNELS.pop(0)
+        globals()[name] = triton.jit(globals()[name])
+
+
+@_jit
+def _tile(p, r, R, sr, c, C, sc):
+    """p[r, c] as a (len(r), len(c)) tile, 0 outside R x C."""
+    return tl.load(p + r[:, None] * sr + c[None, :] * sc, mask=(r[:, None] < R) & (c[None, :] < C), other=0)
+
+
+@_jit
+def _put(p, x, r, R, sr, c, C, sc):
+    tl.store(p + r[:, None] * sr + c[None, :] * sc, x.to(p.dtype.element_ty), mask=(r[:, None] < R) & (c[None, :] < C))
+
+
+@_jit
+def _dot(a, b, PREC: tl.constexpr, UP: tl.constexpr):
+    if UP:      # Triton's interpreter multiplies the raw bits of bf16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PREC)
+
+
+@_jit
+def _small_p(q, k, n, cq, qc, qn, kc, kn, Cq, N, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+    """One image's Q (i, c), centred K (c, j) and P (i, j)."""
+    Q = _tile(q, n, N, qn, cq, Cq, qc)
+    K = _tile(k, cq, Cq, kc, n, N, kn).to(ACC)
+    K = tl.where(n[None, :] < N, K - (tl.sum(K, 1) / N)[:, None], 0).to(Q.dtype)
+    S = tl.where(n[None, :] < N, _dot(Q, K, PREC, UP).to(ACC), float("-inf"))
+    P = tl.exp(S - tl.max(S, 1)[:, None])
+    return Q, K, P / tl.sum(P, 1)[:, None]
+
+
+@_jit
+def small_forward(q, k, v, o, qb, qc, qn, kb, kc, kn, vb, vc, vn, Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr,
+                  BC: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    n, cq = tl.arange(0, BN), tl.arange(0, BQ)
+    Q, K, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, PREC, UP, ACC)
+    P = P.to(Q.dtype)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        VT = _tile(v + b * vb, n, N, vn, c, C, vc)                                           # (j, c)
+        _put(o + b * C * N, _dot(P, VT, PREC, UP), n, N, 1, c, C, N)
+
+
+@_jit
+def small_backward(q, k, v, g, dq, dk, dv, qb, qc, qn, kb, kc, kn, vb, vc, vn, gb, gc, gn, Cq, C, N, BN: tl.constexpr,
+                   BQ: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    n, cq = tl.arange(0, BN), tl.arange(0, BQ)
+    Q, K, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, PREC, UP, ACC)
+    X = tl.zeros((BN, BN), ACC)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        GT = _tile(g + b * gb, n, N, gn, c, C, gc)                                           # (i, c)
+        V = _tile(v + b * vb, c, C, vc, n, N, vn)                                            # (c, j)
+        X += _dot(GT, V, PREC, UP)
+    Z = (P * (X - tl.sum(P * X, 1)[:, None])).to(Q.dtype)
+    _put(dq + b * Cq * N, _dot(Z, tl.trans(K), PREC, UP), n, N, 1, cq, Cq, N)
+    _put(dk + b * Cq * N, _dot(tl.trans(Z), Q, PREC, UP), n, N, 1, cq, Cq, N)
+    PT = tl.trans(P.to(Q.dtype))
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        GT = _tile(g + b * gb, n, N, gn, c, C, gc)
+        _put(dv + b * C * N, _dot(PT, GT, PREC, UP), n, N, 1, c, C, N)
+
+
+@_jit
+def small_double_backward(q, k, v, g, a, b_, e, gq, gk, gv, gg, qb, qc, qn, kb, kc, kn, vb, vc, vn, gb, gc, gn,
+                          Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr,
+                          UP: tl.constexpr, ACC: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    n, cq = tl.arange(0, BN), tl.arange(0, BQ)
+    Q, K, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, PREC, UP, ACC)
+    AT = _tile(a + b * Cq * N, n, N, 1, cq, Cq, N)                                           # (i, c)
+    B = _tile(b_ + b * Cq * N, cq, Cq, N, n, N, 1).to(ACC)                                   # (c, j)
+    B = tl.where(n[None, :] < N, B - (tl.sum(B, 1) / N)[:, None], 0).to(Q.dtype)
+    X = tl.zeros((BN, BN), ACC)
+    F = tl.zeros((BN, BN), ACC)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        GT = _tile(g + b * gb, n, N, gn, c, C, gc)
+        X += _dot(GT, _tile(v + b * vb, c, C, vc, n, N, vn), PREC, UP)
+        F += _dot(GT, _tile(e + b * C * N, c, C, N, n, N, 1), PREC, UP)
+    M = _dot(AT, K, PREC, UP) + _dot(Q, B, PREC, UP)
+    M -= tl.sum(P * M, 1)[:, None]
+    Z = P * (X - tl.sum(P * X, 1)[:, None])
+    gS = Z * M + P * F
+    gS = (gS - P * tl.sum(gS, 1)[:, None]).to(Q.dtype)
+    Z = Z.to(Q.dtype)
+    _put(gq + b * Cq * N, _dot(gS, tl.trans(K), PREC, UP) + _dot(Z, tl.trans(B), PREC, UP), n, N, 1, cq, Cq, N)
+    _put(gk + b * Cq * N, _dot(tl.trans(gS), Q, PREC, UP) + _dot(tl.trans(Z), AT, PREC, UP), n, N, 1, cq, Cq, N)
+    W = (P * M).to(Q.dtype)
+    P = P.to(Q.dtype)
+    WT = tl.trans(W)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        VT = _tile(v + b * vb, n, N, vn, c, C, vc)
+        ET = _tile(e + b * C * N, n, N, 1, c, C, N)
+        _put(gg + b * C * N, _dot(W, VT, PREC, UP) + _dot(P, ET, PREC, UP), n, N, 1, c, C, N)
+        GT = _tile(g + b * gb, n, N, gn, c, C, gc)
+        _put(gv + b * C * N, _dot(WT, GT, PREC, UP), n, N, 1, c, C, N)
+
+
+@_jit
+def tiled_centre(x, y, xb, xc, xn, Cq, N, BN: tl.constexpr, ACC: tl.constexpr):
+    """y (B, Cq, N) = x less its mean over the positions."""
+    b = tl.program_id(0).to(tl.int64)
+    x += b * xb + tl.program_id(1) * xc
+    y += (b * Cq + tl.program_id(1)) * N
+    total = tl.zeros((BN,), ACC)
+    for n0 in range(0, N, BN):
+        n = n0 + tl.arange(0, BN)
+        total += tl.load(x + n * xn, mask=n < N, other=0).to(ACC)
+    mean = tl.sum(total, 0) / N
+    for n0 in range(0, N, BN):
+        n = n0 + tl.arange(0, BN)
+        tl.store(y + n, (tl.load(x + n * xn, mask=n < N, other=0).to(ACC) - mean).to(y.dtype.element_ty), mask=n < N)
+
+
+@_jit
+def tiled_forward(q, k, v, o, lse, qb, qc, qn, vb, vc, vn, Cq, C, N, LOG2E: tl.constexpr, BI: tl.constexpr,
+                  BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
+                  ACC: tl.constexpr):
+    blocks = tl.cdiv(N, BI)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    cq = tl.arange(0, BQ)
+    q, k, v, o = q + b * qb, k + b * Cq * N, v + b * vb, o + b * C * N
+    Q = _tile(q, i, N, qn, cq, Cq, qc)
+    top = tl.full((BI,), float("-inf"), ACC)
+    total = tl.zeros((BI,), ACC)
+    O = tl.zeros((BI, BC), ACC)
+    for j0 in range(0, N, BJ):
+        j = j0 + tl.arange(0, BJ)
+        S = _dot(Q, _tile(k, cq, Cq, N, j, N, 1), PREC, UP) * LOG2E
+        S = tl.where(j[None, :] < N, S, float("-inf"))
+        new = tl.maximum(top, tl.max(S, 1))
+        P = tl.exp2(S - new[:, None])
+        scale = tl.exp2(top - new)
+        total = total * scale + tl.sum(P, 1)
+        O = O * scale[:, None] + _dot(P.to(Q.dtype), _tile(v, j, N, vn, c, C, vc), PREC, UP)
+        top = new
+    _put(o, O / total[:, None], i, N, 1, c, C, N)
+    if tl.program_id(1) == 0:
+        tl.store(lse + b * N + i, top + tl.log2(total), mask=i < N)
+
+
+@_jit
+def tiled_rows(q, k, v, g, o, lse, d, dq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N, LOG2E: tl.constexpr,
+               BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr,
+               PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+    """D and dQ of BI rows."""
+    blocks = tl.cdiv(N, BI)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    cq = tl.arange(0, BQ)
+    q, k, v, g, o = q + b * qb, k + b * Cq * N, v + b * vb, g + b * gb, o + b * C * N
+    Q = _tile(q, i, N, qn, cq, Cq, qc)
+    L = tl.load(lse + b * N + i, mask=i < N, other=0)
+    D = tl.zeros((BI,), ACC)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        GT = _tile(g, i, N, gn, c, C, gc)                       # with one chunk (ONE) it stays for the sweep
+        D += tl.sum(GT.to(ACC) * _tile(o, i, N, 1, c, C, N).to(ACC), 1)
+    tl.store(d + b * N + i, D, mask=i < N)
+    GT = _tile(g, i, N, gn, tl.arange(0, BC), C, gc)
+    dQ = tl.zeros((BI, BQ), ACC)
+    for j0 in range(0, N, BJ):
+        j = j0 + tl.arange(0, BJ)
+        K = _tile(k, cq, Cq, N, j, N, 1)
+        P = tl.where(j[None, :] < N, tl.exp2(_dot(Q, K, PREC, UP) * LOG2E - L[:, None]), 0)
+        if ONE:
+            X = _dot(GT, _tile(v, tl.arange(0, BC), C, vc, j, N, vn), PREC, UP)
+        else:
+            X = tl.zeros((BI, BJ), ACC)
+            for c0 in range(0, C, BC):
+                c = c0 + tl.arange(0, BC)
+                X += _dot(_tile(g, i, N, gn, c, C, gc), _tile(v, c, C, vc, j, N, vn), PREC, UP)
+        dQ += _dot((P * (X - D[:, None])).to(Q.dtype), tl.trans(K), PREC, UP)
+    _put(dq + b * Cq * N, dQ, i, N, 1, cq, Cq, N)
+
+
+@_jit
+def tiled_columns(q, k, v, g, lse, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N, LOG2E: tl.constexpr,
+                  BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr,
+                  PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+    """dK and dV of BI columns; tiles are transposed, (j, i). With several chunks of C, program 0 of axis 1
+    makes dK and program 1 + n makes chunk n of dV, so that no accumulator is wider than a chunk."""
+    blocks = tl.cdiv(N, BI)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    j = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    cq = tl.arange(0, BQ)
+    q, k, v, g = q + b * qb, k + b * Cq * N, v + b * vb, g + b * gb
+    lse, d = lse + b * N, d + b * N
+    KT = _tile(k, j, N, 1, cq, Cq, N)
+    if ONE:
+        c = tl.arange(0, BC)
+        VT = _tile(v, j, N, vn, c, C, vc)
+        dK = tl.zeros((BI, BQ), ACC)
+        dV = tl.zeros((BI, BC), ACC)
+        for i0 in range(0, N, BJ):
+            i = i0 + tl.arange(0, BJ)
+            Q = _tile(q, cq, Cq, qc, i, N, qn)
+            G = _tile(g, c, C, gc, i, N, gn)
+            L = tl.load(lse + i, mask=i < N, other=0)
+            D = tl.load(d + i, mask=i < N, other=0)
+            P = tl.exp2(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :])
+            dV += _dot(P.to(KT.dtype), tl.trans(G), PREC, UP)
+            X = _dot(VT, G, PREC, UP)
+            dK += _dot((P * (X - D[None, :])).to(KT.dtype), tl.trans(Q), PREC, UP)
+        _put(dk + b * Cq * N, dK, j, N, 1, cq, Cq, N)
+        _put(dv + b * C * N, dV, j, N, 1, c, C, N)
+    elif tl.program_id(1) == 0:
+        dK = tl.zeros((BI, BQ), ACC)
+        for i0 in range(0, N, BJ):
+            i = i0 + tl.arange(0, BJ)
+            Q = _tile(q, cq, Cq, qc, i, N, qn)
+            L = tl.load(lse + i, mask=i < N, other=0)
+            D = tl.load(d + i, mask=i < N, other=0)
+            P = tl.exp2(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :])
+            X = tl.zeros((BI, BJ), ACC)
+            for c0 in range(0, C, BC):
+                c = c0 + tl.arange(0, BC)
+                X += _dot(_tile(v, j, N, vn, c, C, vc), _tile(g, c, C, gc, i, N, gn), PREC, UP)
+            dK += _dot((P * (X - D[None, :])).to(KT.dtype), tl.trans(Q), PREC, UP)
+        _put(dk + b * Cq * N, dK, j, N, 1, cq, Cq, N)
+    else:
+        c = (tl.program_id(1) - 1) * BC + tl.arange(0, BC)
+        dV = tl.zeros((BI, BC), ACC)
+        for i0 in range(0, N, BJ):
+            i = i0 + tl.arange(0, BJ)
+            L = tl.load(lse + i, mask=i < N, other=0)
+            P = tl.exp2(_dot(KT, _tile(q, cq, Cq, qc, i, N, qn), PREC, UP) * LOG2E - L[None, :])
+            dV += _dot(P.to(KT.dtype), _tile(g, i, N, gn, c, C, gc), PREC, UP)
+        _put(dv + b * C * N, dV, j, N, 1, c, C, N)
+
+
+@_jit
+def tiled_double_q(q, k, v, g, a, b_, e, lse, d, m, u, gq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N,
+                   LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+                   ONE: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+    """m, u and gQ of BI rows in one sweep: m and u are known only at its end, so what they multiply,
+    dQ and P K, is summed beside them and taken off there."""
+    blocks = tl.cdiv(N, BI)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    cq = tl.arange(0, BQ)
+    q, k, v, g = q + b * qb, k + b * Cq * N, v + b * vb, g + b * gb
+    a, b_, e = a + b * Cq * N, b_ + b * Cq * N, e + b * C * N
+    Q = _tile(q, i, N, qn, cq, Cq, qc)
+    AT = _tile(a, i, N, 1, cq, Cq, N)
+    L = tl.load(lse + b * N + i, mask=i < N, other=0)
+    D = tl.load(d + b * N + i, mask=i < N, other=0)
+    GT = _tile(g, i, N, gn, tl.arange(0, BC), C, gc)
+    sum_m = tl.zeros((BI,), ACC)
+    sum_u = tl.zeros((BI,), ACC)
+    dQ = tl.zeros((BI, BQ), ACC)
+    PK = tl.zeros((BI, BQ), ACC)
+    R = tl.zeros((BI, BQ), ACC)
+    for j0 in range(0, N, BJ):
+        j = j0 + tl.arange(0, BJ)
+        K = _tile(k, cq, Cq, N, j, N, 1)
+        B = _tile(b_, cq, Cq, N, j, N, 1)
+        P = tl.where(j[None, :] < N, tl.exp2(_dot(Q, K, PREC, UP) * LOG2E - L[:, None]), 0)
+        if ONE:
+            c = tl.arange(0, BC)
+            X = _dot(GT, _tile(v, c, C, vc, j, N, vn), PREC, UP)
+            F = _dot(GT, _tile(e, c, C, N, j, N, 1), PREC, UP)
+        else:
+            X = tl.zeros((BI, BJ), ACC)
+            F = tl.zeros((BI, BJ), ACC)
+            for c0 in range(0, C, BC):
+                c = c0 + tl.arange(0, BC)
+                GC = _tile(g, i, N, gn, c, C, gc)
+                X += _dot(GC, _tile(v, c, C, vc, j, N, vn), PREC, UP)
+                F += _dot(GC, _tile(e, c, C, N, j, N, 1), PREC, UP)
+        M = _dot(AT, K, PREC, UP) + _dot(Q, B, PREC, UP)
+        Z = P * (X - D[:, None])
+        Y = Z * M + P * F
+        sum_m += tl.sum(P * M, 1)
+        sum_u += tl.sum(Y, 1)
+        KT = tl.trans(K)
+        Z = Z.to(Q.dtype)
+        dQ += _dot(Z, KT, PREC, UP)
+        PK += _dot(P.to(Q.dtype), KT, PREC, UP)
+        R += _dot(Y.to(Q.dtype), KT, PREC, UP) + _dot(Z, tl.trans(B), PREC, UP)
+    _put(gq + b * Cq * N, R - sum_m[:, None] * dQ - sum_u[:, None] * PK, i, N, 1, cq, Cq, N)
+    tl.store(m + b * N + i, sum_m, mask=i < N)
+    tl.store(u + b * N + i, sum_u, mask=i < N)
+
+
+@_jit
+def tiled_double_g(q, k, v, a, b_, e, lse, m, gg, qb, qc, qn, vb, vc, vn, Cq, C, N, LOG2E: tl.constexpr,
+                   BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr,
+                   UP: tl.constexpr, ACC: tl.constexpr):
+    """gG of BI rows and one chunk of C."""
+    blocks = tl.cdiv(N, BI)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    cq = tl.arange(0, BQ)
+    q, k, v = q + b * qb, k + b * Cq * N, v + b * vb
+    a, b_, e = a + b * Cq * N, b_ + b * Cq * N, e + b * C * N
+    Q = _tile(q, i, N, qn, cq, Cq, qc)
+    AT = _tile(a, i, N, 1, cq, Cq, N)
+    L = tl.load(lse + b * N + i, mask=i < N, other=0)
+    mi = tl.load(m + b * N + i, mask=i < N, other=0)
+    R = tl.zeros((BI, BC), ACC)
+    for j0 in range(0, N, BJ):
+        j = j0 + tl.arange(0, BJ)
+        K = _tile(k, cq, Cq, N, j, N, 1)
+        P = tl.where(j[None, :] < N, tl.exp2(_dot(Q, K, PREC, UP) * LOG2E - L[:, None]), 0)
+        M = _dot(AT, K, PREC, UP) + _dot(Q, _tile(b_, cq, Cq, N, j, N, 1), PREC, UP)
+        R += _dot((P * (M - mi[:, None])).to(Q.dtype), _tile(v, j, N, vn, c, C, vc), PREC, UP)
+        R += _dot(P.to(Q.dtype), _tile(e, j, N, 1, c, C, N), PREC, UP)
+    _put(gg + b * C * N, R, i, N, 1, c, C, N)
+
+
+@_jit
+def tiled_double_columns(q, k, v, g, a, b_, e, lse, d, m, u, gk, gv, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N,
+                         LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr,
+                         BC: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+    """gK (program 0 of axis 1) and gV by chunks of C (programs 1 + n) of BI columns; tiles are (j, i)."""
+    blocks = tl.cdiv(N, BI)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    j = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    cq = tl.arange(0, BQ)
+    q, k, v, g = q + b * qb, k + b * Cq * N, v + b * vb, g + b * gb
+    a, b_, e = a + b * Cq * N, b_ + b * Cq * N, e + b * C * N
+    lse, d, m, u = lse + b * N, d + b * N, m + b * N, u + b * N
+    KT = _tile(k, j, N, 1, cq, Cq, N)
+    BT = _tile(b_, j, N, 1, cq, Cq, N)
+    if tl.program_id(1) == 0:
+        R = tl.zeros((BI, BQ), ACC)
+        for i0 in range(0, N, BJ):
+            i = i0 + tl.arange(0, BJ)
+            Q = _tile(q, cq, Cq, qc, i, N, qn)
+            A = _tile(a, cq, Cq, N, i, N, 1)
+            L = tl.load(lse + i, mask=i < N, other=0)
+            D = tl.load(d + i, mask=i < N, other=0)
+            mi = tl.load(m + i, mask=i < N, other=0)
+            ui = tl.load(u + i, mask=i < N, other=0)
+            X = tl.zeros((BI, BJ), ACC)
+            F = tl.zeros((BI, BJ), ACC)
+            for c0 in range(0, C, BC):
+                c = c0 + tl.arange(0, BC)
+                G = _tile(g, c, C, gc, i, N, gn)
+                X += _dot(_tile(v, j, N, vn, c, C, vc), G, PREC, UP)
+                F += _dot(_tile(e, j, N, 1, c, C, N), G, PREC, UP)
+            P = tl.exp2(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :])
+            M = _dot(KT, A, PREC, UP) + _dot(BT, Q, PREC, UP) - mi[None, :]
+            Z = P * (X - D[None, :])
+            gS = Z * M + P * (F - ui[None, :])
+            R += _dot(gS.to(KT.dtype), tl.trans(Q), PREC, UP) + _dot(Z.to(KT.dtype), tl.trans(A), PREC, UP)
+        _put(gk + b * Cq * N, R, j, N, 1, cq, Cq, N)
+    else:
+        c = (tl.program_id(1) - 1) * BC + tl.arange(0, BC)
+        R = tl.zeros((BI, BC), ACC)
+        for i0 in range(0, N, BJ):
+            i = i0 + tl.arange(0, BJ)
+            Q = _tile(q, cq, Cq, qc, i, N, qn)
+            A = _tile(a, cq, Cq, N, i, N, 1)
+            L = tl.load(lse + i, mask=i < N, other=0)
+            mi = tl.load(m + i, mask=i < N, other=0)
+            P = tl.exp2(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :])
+            W = P * (_dot(KT, A, PREC, UP) + _dot(BT, Q, PREC, UP) - mi[None, :])
+            R += _dot(W.to(KT.dtype), _tile(g, i, N, gn, c, C, gc), PREC, UP)
+        _put(gv + b * C * N, R, j, N, 1, c, C, N)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Launching.
+
+def _strides(*tensors):
+    return [s for t in tensors for s in t.stride()]
+
+
+def _small_offsets(t):
+    """t itself, or a copy where offsets inside one image would overflow the kernels' 32-bit index arithmetic."""
+    reach = (t.shape[1] - 1) * t.stride(1) + (t.shape[2] - 1) * t.stride(2)
+    return t if reach < 2**31 else t.contiguous()
+
+
+def _power_of_two(n):
+    return max(16, 1 << (n - 1).bit_length())       # 16: tl.dot's least width for bf16
+
+
+def _start(name, grid, args, meta):
+    with torch.cuda.device_of(args[0]):
+        globals()[name][grid](*args, **meta)
+
+
+def _launch(name, arith, args, B, Cq, C, N):
+    """Starts kernel `name` with its row of TABLE. args: its tensors, then strides, without the sizes."""
+    _load()
+    rows, step, chunk, warps, stages = TABLE[name][arith]
+    chunk = min(chunk, _power_of_two(C))
+    chunks = -(-C // chunk)
+    meta = dict(BQ=_power_of_two(Cq), BC=chunk, PREC="tf32" if arith == "tf32" else "ieee",
+                UP=arith == "half" and bool(triton.knobs.runtime.interpret),
+                ACC=tl.float64 if arith == "double" else tl.float32, num_warps=warps, num_stages=stages)
+    if name.startswith("small"):
+        grid = (B,)
+        meta.update(BN=_power_of_two(N))
+    else:
+        meta.update(BI=rows, BJ=step, LOG2E=LOG2E)
+        grid = (B * -(-N // rows),)
+        if name in ("tiled_rows", "tiled_columns", "tiled_double_q"):
+            meta.update(ONE=chunks == 1)
+        if name in ("tiled_forward", "tiled_double_g"):
+            grid += (chunks,)
+        if name == "tiled_double_columns" or name == "tiled_columns" and chunks > 1:
+            grid += (1 + chunks,)
+    _start(name, grid, (*args, Cq, C, N), meta)
+
+
+def _centre(x, arith):
+    _load()
+    B, Cq, N = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    meta = dict(BN=1024, ACC=tl.float64 if arith == "double" else tl.float32, num_warps=4)
+    _start("tiled_centre", (B, Cq), (x, y, *x.stride(), Cq, N), meta)
+    return y
+
+
+def _new(*shape, like, dtype=None):
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def _row(q, arith):
+    return _new(q.shape[0], q.shape[2], like=q, dtype=torch.float64 if arith == "double" else torch.float32)
+
+
+class Attention(Function):
+    """First of three chained nodes. Its backward is the forward of the second, so autograd can go on from there."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, small, arith):
+        B, Cq, N = q.shape
+        sizes = B, Cq, v.shape[1], N
+        o = _new(*v.shape, like=v)
+        if small:
+            _launch("small_forward", arith, (q, k, v, o, *_strides(q, k, v)), *sizes)
+            ctx.save_for_backward(q, k, v)
+        else:
+            kc, lse = _centre(k, arith), _row(q, arith)
+            _launch("tiled_forward", arith, (q, kc, v, o, lse, *_strides(q, v)), *sizes)
+            ctx.save_for_backward(q, k, v, o, kc, lse)
+        ctx.arith = arith
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, *kept = ctx.saved_tensors
+        if kept:
+            kept[0] = kept[0].detach()      # o carries this node: passed on undetached, the engine would run it once more
+        return *AttentionBackward.apply(q, k, v, g, ctx.arith, *kept), None, None
+
+
+class AttentionBackward(Function):
+    """Second node: (q, k, v, g) -> (dq, dk, dv)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, arith, *kept):
+        B, Cq, N = q.shape
+        sizes = B, Cq, v.shape[1], N
+        g = _small_offsets(g)
+        dq, dk, dv = _new(*q.shape, like=q), _new(*q.shape, like=q), _new(*v.shape, like=v)
+        if kept:
+            o, kc, lse = kept
+            d = _row(q, arith)
+            strides = _strides(q, v, g)
+            _launch("tiled_rows", arith, (q, kc, v, g, o, lse, d, dq, *strides), *sizes)
+            _launch("tiled_columns", arith, (q, kc, v, g, lse, d, dk, dv, *strides), *sizes)
+            ctx.save_for_backward(q, k, v, g, kc, lse, d)
+        else:
+            _launch("small_backward", arith, (q, k, v, g, dq, dk, dv, *_strides(q, k, v, g)), *sizes)
+            ctx.save_for_backward(q, k, v, g)
+        ctx.arith, ctx.extra = arith, 1 + len(kept)
+        return dq, dk, dv
+
+    @staticmethod
+    def backward(ctx, a, b, e):
+        return *AttentionDoubleBackward.apply(a, b, e, ctx.arith, *ctx.saved_tensors), *[None] * ctx.extra
+
+
+class AttentionDoubleBackward(Function):
+    """Third node: gradients of (dq, dk, dv) -> gradients of (q, k, v, g). There is no fourth."""
+
+    @staticmethod
+    def forward(ctx, a, b, e, arith, q, k, v, g, *kept):
+        B, Cq, N = q.shape
+        sizes = B, Cq, v.shape[1], N
+        a, b, e = a.contiguous(), b.contiguous(), e.contiguous()
+        gq, gk = _new(*q.shape, like=q), _new(*q.shape, like=q)
+        gv, gg = _new(*v.shape, like=v), _new(*v.shape, like=v)
+        if kept:
+            kc, lse, d = kept
+            m, u = _row(q, arith), _row(q, arith)
+            b = _centre(b, arith)
+            _launch("tiled_double_q", arith, (q, kc, v, g, a, b, e, lse, d, m, u, gq, *_strides(q, v, g)), *sizes)
+            _launch("tiled_double_g", arith, (q, kc, v, a, b, e, lse, m, gg, *_strides(q, v)), *sizes)
+            _launch("tiled_double_columns", arith, (q, kc, v, g, a, b, e, lse, d, m, u, gk, gv, *_strides(q, v, g)), *sizes)
+        else:
+            _launch("small_double_backward", arith, (q, k, v, g, a, b, e, gq, gk, gv, gg, *_strides(q, k, v, g)), *sizes)
+        return gq, gk, gv, gg
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("kernels.attention: a third derivative is not implemented; impl='eager' has it")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The public function.
+
+def _arithmetic(q, precision):
+    """Column of TABLE for q's dtype."""
+    if q.dtype == torch.float64:
+        return "double"
+    if q.dtype != torch.float32:
+        return "half"
+    if precision is None:
+        try:
+            tf32 = torch.get_float32_matmul_precision() != "highest"
+        except RuntimeError:        # raised once the newer per-backend setting was used; then only that one is readable
+            tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if tf32 else "ieee"
+    return precision
+
+
+@functools.cache
+def _shared_kib(device):
+    """Shared memory that one program may use on this chip; 0 where Triton's kernels cannot run at all."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+
+
+@functools.cache
+def _have_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+def _refusal(q, arith):
+    """Why the Triton kernels cannot run these inputs; None if they can."""
+    if not _have_triton():
+        return "the package triton is not installed"
+    if q.shape[1] > MAX_CQ:
+        return f"Cq = {q.shape[1]} is above {MAX_CQ}"
+    if q.is_cuda:
+        need, have = SHARED_KIB["small" if q.shape[2] <= SMALL_N else "tiled"][arith], _shared_kib(q.device)
+        if need > have:
+            return f"it needs a GPU of compute capability 8.0 or newer with {need} KiB of shared memory, and this one offers {have}"
+    else:
+        import triton
+        if not triton.knobs.runtime.interpret:
+            return f"it needs a CUDA device (or TRITON_INTERPRET=1), not {q.device}"
+
+
+def _check(q, k, v, precision, impl):
+    def said():
+        return ", ".join(f"{n} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} {t.device}" for n, t in zip("qkv", (q, k, v)))
+    if not (q.dim() == k.dim() == v.dim() == 3 and q.shape == k.shape and q.shape[::2] == v.shape[::2] and q.shape[1] and q.shape[2]):
+        raise ValueError(f"self_attention: wanted q, k (B, Cq, N) and v (B, C, N) with Cq, N >= 1; got {said()}")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise ValueError(f"self_attention: q, k, v must share dtype and device; got {said()}")
+    if q.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise ValueError(f"self_attention: wanted float32, float64, float16 or bfloat16; got {said()}")
+    if precision not in (None, "ieee", "tf32"):
+        raise ValueError(f"self_attention: precision is 'ieee', 'tf32' or None, not {precision!r}")
+    if impl not in ("auto", "triton", "eager"):
+        raise ValueError(f"self_attention: impl is 'auto', 'triton' or 'eager', not {impl!r}")
+
+
+def self_attention(q, k, v, *, precision=None, impl="auto"):
+    """o_i = sum_j softmax_j(q_i . k_j) v_j over all positions, without a scale; twice differentiable.
+
+    q, k: (B, Cq, N), v: (B, C, N), of one floating dtype and device, any strides; Cq <= 64 for Triton. B and C may be 0.
+    Returns o: (B, C, N) in that dtype, contiguous. SAGAN (arXiv 1805.08318), eq. 1-2, with the softmax over the keys.
+
+    impl: "triton": fused kernels, O(B N (Cq + C)) memory, on a CUDA device of capability >= 8.0; bit-deterministic,
+            no synchronisation, may be captured in a CUDA graph after one call with the same shapes.
+            Gradients, and gradients through gradients, of q, k, v and of o's own gradient; a third derivative raises.
+          "eager": plain PyTorch with ordinary autograd, O(B N N) memory; any device, any order of derivative.
+          "auto": Triton on CUDA from N = 256 on (a guess until it is measured) where the chip has room for its
+            kernels, else eager. Eager too while torch.compile traces.
+    precision: of the Triton kernels' products in float32: "ieee" (no tensor cores), "tf32", or None, which follows
+          torch.get_float32_matmul_precision(). The other dtypes, and eager (which obeys torch's own setting), ignore it.
+          Half-precision inputs are multiplied as they are; sums and softmax are in float32.
+
+    Raises ValueError for shapes, dtypes, devices or options that do not fit, RuntimeError if impl="triton" cannot run here.
+    Not supported by "triton": torch.func transforms, forward-mode derivatives, autocast (inputs are used in their own dtype).
+    """
+    _check(q, k, v, precision, impl)
+    if impl == "auto":
+        wanted = q.is_cuda and q.shape[2] >= TRITON_FROM_N and not torch.compiler.is_compiling()
+        impl = "triton" if wanted and _refusal(q, _arithmetic(q, precision)) is None else "eager"
+    elif impl == "triton" and (why := _refusal(q, _arithmetic(q, precision))):
+        raise RuntimeError(f"self_attention: impl='triton' cannot run: {why}")
+    if impl == "eager":
+        return attention(q, k, v) if q.is_cuda else attention_blocked(q, k, v)
+    q, k, v = _small_offsets(q), _small_offsets(k), _small_offsets(v)
+    return Attention.apply(q, k, v, q.shape[2] <= SMALL_N, _arithmetic(q, precision))

@@ -1,0 +1,57 @@
+"""Self-attention in plain PyTorch, and its first and second derivatives written out: what the kernels must equal.
+
+Positions stand last as in the kernels' interface: q, k (B, Cq, N), v, o, g (B, C, N). The derivation and the names
+(P, X, D, Z; A, B, E; M, W, F, u) are in attention.py's docstring. Everything here makes N x N matrices.
+"""
+import torch
+
+BLOCK_BYTES = 4 << 20       # of one block of attention_blocked: measured in README.md, "On the CPU"
+
+
+def attention(q, k, v):
+    """o (B, C, N) for q, k (B, Cq, N), v (B, C, N); any number of derivatives by autograd.
+
+    P v^T rather than v P^T: the second makes the softmax's backward copy a transposed N x N matrix.
+    """
+    p = torch.softmax(torch.bmm(q.transpose(1, 2), k), -1)                              # (B, N, N)
+    return torch.bmm(p, v.transpose(1, 2)).transpose(1, 2).contiguous()
+
+
+def attention_blocked(q, k, v):
+    """The same by blocks of at most BLOCK_BYTES (one row at least): for the CPU, where a matrix of B x N x N leaves
+    the cache and the allocator hands its pages back after every use. Small inputs go through `attention`."""
+    B, _, N = q.shape
+    row = N * q.element_size()
+    if B * N * row <= 2 * BLOCK_BYTES:
+        return attention(q, k, v)
+    rows = max(1, min(N, BLOCK_BYTES // row))
+    images = []
+    for a, b, c in zip(q.unbind(), k.unbind(), v.unbind()):
+        c = c.t()
+        images.append(torch.cat([torch.softmax(x.t() @ b, -1) @ c for x in a.split(rows, 1)]).t())
+    return torch.stack(images)
+
+
+def _softmax_map(p, x):
+    """The softmax's differential, P * (X - <P*X>): its matrix is symmetric, so it serves both directions."""
+    return p * (x - (p * x).sum(-1, keepdim=True))
+
+
+def first_derivatives(q, k, v, g):
+    """(dq, dk, dv) of sum(o * g); shapes of q, k, v."""
+    p = torch.softmax(q.mT @ k, -1)
+    z = _softmax_map(p, g.mT @ v)
+    return k @ z.mT, q @ z, g @ p
+
+
+def second_derivatives(q, k, v, g, a, b, e):
+    """(gq, gk, gv, gg): derivatives of sum(dq * a) + sum(dk * b) + sum(dv * e) with respect to q, k, v, g."""
+    p = torch.softmax(q.mT @ k, -1)
+    x = g.mT @ v
+    d = (p * x).sum(-1, keepdim=True)
+    z = p * (x - d)
+    m = a.mT @ k + q.mT @ b
+    m = m - (p * m).sum(-1, keepdim=True)
+    w = p * m
+    s = _softmax_map(p, m * (x - d) + g.mT @ e)
+    return k @ s.mT + b @ z.mT, q @ s + a @ z, g @ w, v @ w.mT + e @ p.mT
