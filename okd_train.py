@@ -18,6 +18,7 @@ Discriminator(x) -> (B,), and optionally losses and a flat dict hparams, whose k
 """
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import inspect
@@ -50,8 +51,8 @@ OWN_LOSS_HPARAMS = dict(lambda_gp=10.0)     # named by the losses below, for scr
 
 # --quick: small images, thin networks, faster rates. At this size a step costs the number of its operations, not their
 # arithmetic, so a larger batch is nearly free. Only keys that the model script has are set.
-QUICK = dict(image_size=32, ch=16, batch_size=16, g_lr=4e-4, d_lr=8e-4, c_lr=2e-4, steps=1000, max_seconds=270,
-             sample_every=100, save_every=250)
+QUICK = dict(image_size=32, ch=16, batch_size=16, g_lr=1e-3, d_lr=2e-3, c_lr=5e-4, steps=1500, max_seconds=270,
+             sample_every=150, save_every=300)
 
 EMA = 0.999                     # of the generators; everything that is looked at or scored comes from the average
 IMAGE_TYPES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -204,21 +205,30 @@ def list_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--data {folder}: no such folder")
-    found, seen = [], set()
-    for root, dirs, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        dirs[:] = sorted(d for d in dirs if not d.startswith((".", "__MACOSX"))) if real not in seen else []
-        if real in seen:                                            # a link back up
-            continue
-        seen.add(real)
-        for name in sorted(files):
-            if name.lower().endswith(IMAGE_TYPES) and not name.startswith("."):
-                path = Path(root, name)
+    found = []
+
+    def walk(place, above):
+        real = os.path.realpath(place)
+        if real in above:                                           # a link back up
+            return
+        try:
+            entries = sorted(os.scandir(place), key=lambda e: e.name)
+        except OSError as e:
+            raise UserError(f"--data {folder}: {place} cannot be read: {e.strerror}") from e
+        for e in entries:
+            if e.name.startswith((".", "__MACOSX")):
+                continue
+            if e.is_dir():
+                walk(e.path, above | {real})
+            elif e.name.lower().endswith(IMAGE_TYPES):
+                path = Path(e.path)
                 parts = path.relative_to(folder).parts
                 found.append((path, parts[0] if len(parts) > 1 else None))
+    walk(folder, frozenset())
+    found.sort()
     if not found:
         raise UserError(f"--data {folder}: no images in it or below; accepted are {' '.join(t[1:] for t in IMAGE_TYPES)}")
-    tops = {c for _, c in found}
+    tops = {c or "." for _, c in found}
     if tops <= {"train", "val", "valid", "test"}:
         raise UserError(f"--data {folder} holds only {', '.join(sorted(tops))}; name one of them, such as --data {folder / sorted(tops)[0]}")
     return found
@@ -382,15 +392,16 @@ class Group:
         seed_torch(s.seed, 0, i, "init G")
         self.ema = script.Generator(**bind(script.Generator, vars(s))).to(device).eval().requires_grad_(False)
         self.ema.load_state_dict(self.nets["G"].net.state_dict())
+        live = self.nets["G"].net
+        self.averaged = list(self.ema.parameters()), list(live.parameters())
+        self.copied = list(self.ema.buffers()), list(live.buffers())
 
     @torch.no_grad()
     def average(self, step):
         """Move the average towards the generator; `step` updates were made before. Buffers are copied."""
-        G = self.nets["G"].net
-        torch._foreach_lerp_(list(self.ema.parameters()), list(G.parameters()), 1 - min(EMA, (1 + step) / (10 + step)))
-        buffers = list(self.ema.buffers())
-        if buffers:
-            torch._foreach_copy_(buffers, list(G.buffers()))
+        torch._foreach_lerp_(*self.averaged, 1 - min(EMA, (1 + step) / (10 + step)))
+        if self.copied[0]:
+            torch._foreach_copy_(*self.copied)
 
     def gammas(self):
         """{role: [gamma of each attention layer]}: every one-element parameter that is called gamma."""
@@ -533,27 +544,34 @@ def to_device(plan, device):
 
 
 def probe(script, s, group):
-    """Run one group's networks on two samples without touching them; say what is wrong with shapes or values."""
+    """Run one group's networks and losses on two samples and put everything back; say what is wrong with shapes or values."""
     dev = next(group.ema.parameters()).device
     z, y = torch.zeros(2, s.z_dim, device=dev), torch.zeros(2, dtype=torch.long, device=dev)
-    state = {k: v.clone() for k, v in group.nets["D"].net.state_dict().items()}
-    with torch.no_grad():
-        with calling(script, f"Generator called with z (2, {s.z_dim}){' and y (2,)' if script.conditional else ''}"):
-            x = group.ema(z, y) if script.conditional else group.ema(z)
-        want = (2, 3, s.image_size, s.image_size)
-        if not isinstance(x, torch.Tensor) or tuple(x.shape) != want:
-            raise UserError(f"{script.path}: Generator returned {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__} "
-                            f"for z (2, {s.z_dim}); expected {want} (--image-size {s.image_size})")
-        D = group.nets["D"].net.eval()
-        takes_y = "y" in inspect.signature(D.forward).parameters
-        with calling(script, f"Discriminator called with images {want}{' and y (2,)' if takes_y else ''}"):
-            out = D(x, y) if takes_y else D(x)
-        D.train()
+    labels = (y,) if script.conditional else ()
+    shape = lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+    with torch.no_grad(), calling(script, f"Generator called with z (2, {s.z_dim}){' and y (2,)' if labels else ''}"):
+        x = group.ema(z, *labels)
+    want = (2, 3, s.image_size, s.image_size)
+    if shape(x) != want:
+        raise UserError(f"{script.path}: Generator returned {shape(x)} for z (2, {s.z_dim}); expected {want} (--image-size {s.image_size})")
+    D = group.nets["D"].net
+    before = {k: v.clone() for k, v in D.state_dict().items()}
+    takes_y = "y" in inspect.signature(D.forward).parameters
+    with torch.no_grad(), calling(script, f"Discriminator called with images {want}{' and y (2,)' if takes_y else ''}"):
+        out = D(x, y) if takes_y else D(x)
     score = out[0] if isinstance(out, tuple) else out
-    if not isinstance(score, torch.Tensor) or tuple(score.shape) not in {(2,), (2, 1), (2, 1, 1, 1)}:
-        raise UserError(f"{script.path}: Discriminator returned {tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__} "
-                        f"for images {want}; expected scores (2,), (2, 1) or (2, 1, 1, 1), or a tuple that begins with them")
-    D.load_state_dict(state)
+    if shape(score) not in {(2,), (2, 1), (2, 1, 1, 1)}:
+        raise UserError(f"{script.path}: Discriminator returned {shape(score)} for images {want}; "
+                        "expected scores (2,), (2, 1) or (2, 1, 1, 1), or a tuple that begins with them")
+    eps = {"eps": torch.full((2, 1, 1, 1), 0.5, device=dev)}
+    for name, args in (("discriminator_loss", (x + 0.1, x, *labels * 2)), ("connector_loss", (x + 0.1, x, *labels * 2)), ("generator_loss", (x, *labels))):
+        f = getattr(script, name)
+        with calling(script, f"{name} on two samples"):
+            value = f(D, *args, **bind(f, {**vars(s), **eps}))
+        value, logs = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+        if shape(value) != () or not value.requires_grad or not isinstance(logs, dict):
+            raise UserError(f"{script.path}: {name} returned {shape(value)}; expected a scalar with a gradient, or (scalar, dict)")
+    D.load_state_dict(before)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -631,18 +649,26 @@ def to_hwc(images):
 
 # ---------------------------------------------------------------------------------------------- the run folder
 @contextlib.contextmanager
+def writing(path):
+    """Turn a failed write (disk full, read-only folder) into one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"cannot write {path}: {' '.join(str(e).split())[:200]}") from e
+
+
+@contextlib.contextmanager
 def replacing(path):
     """Yields a temporary file beside `path`, open for writing; it takes the final name only when all went well."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
-        with open(tmp, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"cannot write {path}: {' '.join(str(e).split())[:200]}") from e
+        with writing(path):
+            with open(tmp, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink()
@@ -921,31 +947,36 @@ def log_line(trainer, out, seconds, rate):
     return {"step": trainer.step_count, "seconds": round(seconds, 3), "images_per_second": round(rate, 2), "groups": groups}
 
 
-def start_run(s, script, trainer, out, named):
-    """Make or reopen the run folder. Nothing that is there is overwritten."""
-    args, restarted = out / "args.json", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if s.resume or (restarted and (out / "checkpoint.pt").exists()):
-        if not (out / "checkpoint.pt").exists():
+def open_run(s, trainer, out):
+    """Make the run folder, or load the checkpoint of the one that is there. Nothing that is there is overwritten."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    checkpoint = out / "checkpoint.pt"
+    if s.resume or (restarted and checkpoint.exists()):
+        if not checkpoint.exists():
             raise UserError(f"--resume: no checkpoint in {out}")
         saved = read_args(out)
         if saved["data_digest"] != trainer.data.digest:
             raise UserError(f"--resume: the {len(trainer.data.images)} images of {s.data or 'the synthetic set'} are not those "
                             f"that {out} was trained on ({saved['images']} images); restore them, or start another run with --out")
-        load_checkpoint(trainer, out / "checkpoint.pt")
-        cut_log(out / "log.jsonl", trainer.step_count, saved["settings"]["log_every"])
+        load_checkpoint(trainer, checkpoint)
+        if trainer.step_count < s.steps:
+            cut_log(out / "log.jsonl", trainer.step_count, saved["log_every"])
+    elif not restarted and any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl")):
+        hint = "go on with --resume" if checkpoint.exists() else "it has no checkpoint yet: delete it"
+        raise UserError(f"{out} already holds a run: {hint}, or name another folder with --out")
     else:
-        if not restarted and any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl")):
-            hint = "go on with --resume" if (out / "checkpoint.pt").exists() else "it has no checkpoint yet: delete it"
-            raise UserError(f"{out} already holds a run: {hint}, or name another folder with --out")
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").write_bytes(b"")
-    (out / "samples").mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            (out / "samples").mkdir(parents=True, exist_ok=True)
+            (out / "log.jsonl").write_bytes(b"")
+
+
+def save_args(s, script, data, out):
+    """args.json: every setting, and what they were used on."""
     settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "out", "model")}
-    save_json({"model": s.model, "script": str(script.path), "classes": trainer.data.classes,
-               "images": len(trainer.data.images), "data_digest": trainer.data.digest,
+    save_json({"model": s.model, "script": str(script.path), "classes": data.classes, "images": len(data.images), "data_digest": data.digest,
                "script_digest": hashlib.blake2b(script.path.read_bytes(), digest_size=16).hexdigest(),
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-               "git": git_revision(), "settings": settings}, args)
+               "git": git_revision(), "settings": settings}, out / "args.json")
 
 
 def git_revision():
@@ -959,6 +990,7 @@ def git_revision():
 
 
 def train(s, script, named, changed):
+    keep_freed_memory()
     device = pick_device(s.device)
     say = lambda text: print(text, flush=True)
     out = Path(s.out)
@@ -977,9 +1009,12 @@ def train(s, script, named, changed):
     data = Data(images, labels, classes, s, device)
     trainer = Trainer(script, s, data, device)
     probe(script, s, trainer.groups[0])
-    start_run(s, script, trainer, out, named)
-    if not (out / "samples" / "real.png").exists():
-        real_grid(trainer, out / "samples" / "real.png")
+    open_run(s, trainer, out)
+    if trainer.step_count >= s.steps:
+        say(f"Nothing to do: {out} is at step {trainer.step_count} of {s.steps}; raise --steps to train on.")
+        return
+    save_args(s, script, data, out)
+    real_grid(trainer, out / "samples" / "real.png")
 
     count = lambda n: f"{sum(p.numel() for p in n.params) / 1e6:.2f} M"
     nets = trainer.groups[0].nets
@@ -1001,10 +1036,15 @@ def train(s, script, named, changed):
     if s.groups > 1 and s.rho > 1:
         text += " Note: with rho above 1 it pays a generator to copy its neighbour rather than to follow the data."
     say(text)
-    if trainer.step_count >= s.steps:
-        say(f"Nothing to do: {out} is at step {trainer.step_count} of {s.steps}; raise --steps to train on.")
-        return
     loop(trainer, s, out, say)
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed: the attention matrices of G (105 MB each at batch 25) else fault in page by page at every use."""
+    with contextlib.suppress(OSError, AttributeError):              # another C library: nothing to set
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)                                              # M_MMAP_MAX: no block is mapped by itself
+        mallopt(-1, 2 ** 31 - 1)                                    # M_TRIM_THRESHOLD: do not shrink the heap
 
 
 def describe(device):
@@ -1019,7 +1059,8 @@ def loop(trainer, s, out, say):
     pending, told, steady = [], False, None
     with Stop() as stop, open(out / "log.jsonl", "ab") as log:
         while trainer.step_count < s.steps and not stop.signal:
-            losses = trainer.step()
+            with calling(trainer.script, f"step {trainer.step_count + 1}"):
+                losses = trainer.step()
             step, now = trainer.step_count, time.monotonic()
             timeout = s.max_seconds is not None and now - begin >= s.max_seconds
             last = step == s.steps or stop.signal or timeout

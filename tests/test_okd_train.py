@@ -1,0 +1,811 @@
+"""okd_train.py: the step's mathematics, the properties of a run, and the real script as a subprocess."""
+import contextlib
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.utils import parametrize
+
+import okd_train
+import sagan
+
+TINY = ["--image-size", "32", "--ch", "4", "--batch-size", "4", "--z-dim", "8"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Bit-identity is promised at equal thread counts; one is also fastest at this size."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """24 small pictures in two class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    r = np.random.default_rng(0)
+    for name, tone in (("Crack", 60), ("Spallation", 160)):
+        (folder / name).mkdir()
+        for k in range(12):
+            a = np.clip(tone + 40 * r.standard_normal((8, 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(a).resize((32, 32), Image.Resampling.BICUBIC).save(folder / name / f"{k:02d}.png")
+    return folder
+
+
+def setup(*argv, size=40):
+    """A trainer made as the command line makes it, on `size` random images."""
+    s, script, named = okd_train.parse(list(argv))
+    okd_train.settle(s, script, named)
+    r = np.random.default_rng(1)
+    images = torch.from_numpy(r.integers(0, 256, (size, 3, s.image_size, s.image_size), dtype=np.uint8))
+    labels, classes = torch.arange(size) % 2, ["Crack", "Spallation"]
+    if script.conditional:
+        s.n_classes = 2
+    data = okd_train.Data(images, labels, classes if script.conditional else [], s, torch.device("cpu"))
+    return okd_train.Trainer(script, s, data, torch.device("cpu"))
+
+
+def flat(state, prefix=""):
+    """A nested state -> {path: tensor or value}."""
+    if isinstance(state, dict):
+        return {k: v for key, sub in state.items() for k, v in flat(sub, f"{prefix}/{key}").items()}
+    if isinstance(state, list):
+        return {k: v for key, sub in enumerate(state) for k, v in flat(sub, f"{prefix}/{key}").items()}
+    return {prefix: state}
+
+
+def assert_same(a, b):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys() and len(a) > 3
+    for k in a:
+        assert torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k], k
+
+
+def differs(a, b):
+    a, b = flat(a), flat(b)
+    return any(not torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
+
+
+def run(*argv, cwd=None, ok=True, **kw):
+    """okd_train.py as a user runs it."""
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    p = subprocess.run([sys.executable, okd_train.__file__, *map(str, argv)], capture_output=True, text=True, cwd=cwd, env=env, timeout=120, **kw)
+    assert (p.returncode == 0) == ok, p.stdout + p.stderr
+    return p
+
+
+def refused(capsys, *argv):
+    """Runs in this process; the one line on stderr of a user error."""
+    with pytest.raises(SystemExit) as e:
+        okd_train.main(list(map(str, argv)))
+    text = capsys.readouterr().err
+    assert e.value.code == 2 and text.count("\n") == 1 and text.startswith("okd_train.py: error: "), text
+    return text
+
+
+# ---------------------------------------------------------------------------------------------- randomness
+def test_draw_is_a_function_of_its_key():
+    one = okd_train.draw(3, 5, 1, "z", "normal", (4, 6))
+    assert torch.equal(one, okd_train.draw(3, 5, 1, "z", "normal", (4, 6))) and one.dtype == torch.float32
+    for other in ((4, 5, 1, "z"), (3, 6, 1, "z"), (3, 5, 2, "z"), (3, 5, 1, "eps")):
+        assert not torch.equal(one, okd_train.draw(*other, "normal", (4, 6)))
+    many = okd_train.draw(0, 0, 0, "z", "normal", (200_000,))
+    assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
+    u = okd_train.draw(0, 0, 0, "e", "uniform", (100_000,))
+    assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.01
+    y = okd_train.draw(0, 0, 0, "y", 5, (10_000,))
+    assert y.dtype == torch.int64 and sorted(set(y.tolist())) == [0, 1, 2, 3, 4]
+    assert okd_train.draw(0, 0, 0, "p", "permutation", 50).sort()[0].tolist() == list(range(50))
+
+
+def test_every_image_once_an_epoch_in_an_order_of_its_own_per_group():
+    t = setup("--groups", "2", *TINY, size=22)                      # 22 images, batches of 4: epochs begin within batches
+    seen = torch.cat([t.data.indices(k, 1) for k in range(11)])
+    assert seen[:22].sort()[0].tolist() == list(range(22)) and seen[22:].sort()[0].tolist() == list(range(22))
+    assert seen[:22].tolist() != seen[22:].tolist()
+    assert seen[:22].tolist() != torch.cat([t.data.indices(k, 2) for k in range(6)])[:22].tolist()
+    assert torch.equal(t.data.indices(3, 1), seen[12:16])           # whatever was asked for before
+
+
+# ---------------------------------------------------------------------------------------------- mathematics of the step
+def test_one_group_equals_a_plain_loop():
+    """Five steps of the trainer against a loop made of sagan's classes and losses, torch's Adam and draw."""
+    t = setup("--groups", "1", *TINY, "--seed", "7")
+    for _ in range(5):
+        t.step()
+
+    torch.manual_seed(okd_train._key(7, 0, 1, "init G", 8) >> 1)
+    G = sagan.Generator(image_size=32, z_dim=8, ch=4)
+    torch.manual_seed(okd_train._key(7, 0, 1, "init D", 8) >> 1)
+    D = sagan.Discriminator(image_size=32, ch=4)
+    opt_g = torch.optim.Adam(G.parameters(), lr=1e-4, betas=(0.0, 0.9), fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), lr=4e-4, betas=(0.0, 0.9), fused=True)
+    order = okd_train.draw(7, 0, 1, "order", "permutation", 40)
+    for step in range(5):
+        fake = G(okd_train.draw(7, step, 0, "z", "normal", (4, 8)))
+        real = t.data.images[order[4 * step:4 * step + 4]].float() / 127.5 - 1
+        eps = okd_train.draw(7, step, 1, "eps D", "uniform", (4, 1, 1, 1))
+        opt_d.zero_grad()
+        with parametrize.cached():                                  # one power iteration for both uses of D
+            sagan.discriminator_loss(D, real, fake.detach(), eps)[0].backward()
+        opt_d.step()
+        for m in D.modules():                                       # D stands still while G learns
+            m.training = not isinstance(m, torch.nn.utils.parametrizations._SpectralNorm)
+        opt_g.zero_grad()
+        sagan.generator_loss(D, fake).backward()
+        opt_g.step()
+        D.train()
+    assert_same(t.groups[0].nets["G"].net.state_dict(), G.state_dict())
+    assert_same(t.groups[0].nets["D"].net.state_dict(), D.state_dict())
+
+
+def record(t):
+    """Wrap the script's losses of a trainer: every call is noted as (which, network, first images, second images)."""
+    calls, script = [], t.script
+    d, c, g = script.discriminator_loss, script.connector_loss, script.generator_loss
+    script.discriminator_loss = lambda D, real, fake, *a, **k: (calls.append(("d", D, real, fake)), d(D, real, fake, *a, **k))[1]
+    script.connector_loss = lambda C, neighbour, own, *a, **k: (calls.append(("c", C, neighbour, own)), c(C, neighbour, own, *a, **k))[1]
+    script.generator_loss = lambda D, fake, *a, **k: (calls.append(("g", D, fake, None)), g(D, fake, *a, **k))[1]
+    return calls
+
+
+def test_ring_direction_and_wrap_around():
+    t = setup("--groups", "3", *TINY)
+    calls = record(t)
+    fakes = {}
+    generate = t.generate
+    t.generate = lambda g, *a: fakes.setdefault(g.i, generate(g, *a))
+    t.step()
+    seen = {id(n.net): (g.i, role) for g in t.groups for role, n in g.nets.items()}
+    connectors = [c for c in calls if c[0] == "c"]
+    assert [seen[id(c[1])] for c in connectors] == [(1, "C"), (2, "C"), (3, "C")]
+    for (_, C, neighbour, own), (i, j) in zip(connectors, ((1, 2), (2, 3), (3, 1))):
+        assert torch.equal(own, fakes[i]) and torch.equal(neighbour, fakes[j])      # real := the next group's
+        assert not own.requires_grad and not neighbour.requires_grad
+    assert [seen[id(c[1])] for c in calls if c[0] == "g"] == [(1, "D"), (1, "C"), (2, "D"), (2, "C"), (3, "D"), (3, "C")]
+    for kind, D, real, fake in calls:
+        if kind == "d":
+            i = seen[id(D)][0]
+            assert torch.equal(fake, fakes[i]) and not fake.requires_grad
+            want = t.data.images[t.data.indices(0, i)].float() / 127.5 - 1
+            assert torch.equal(real, want)
+
+
+class Watch(nn.Module):
+    """A layer that other layers' traps are mirrored in: dropout-free, but with a buffer that moves in every forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
+def test_only_the_network_whose_turn_it_is_moves():
+    t = setup("--model", "acgan", "--groups", "2", *TINY)           # BatchNorm in D and C: buffers that would move
+    critic = t.groups[0].nets["D"].net
+    critic.net.append(Watch())
+    t.groups[0].nets["D"] = okd_train.Network(critic, 4e-4, t.s)
+    d = t.inputs(0)[0]
+    fakes = {g.i: t.generate(g, d, 0) for g in t.groups}
+    real = t.data.batch(d["idx", 1], None)
+    before = copy.deepcopy(t.state())
+    t.critic_step(t.groups[0], "D", d, 0, real, fakes[1].detach(), t.data.labels[d["idx", 1]])
+    t.critic_step(t.groups[0], "C", d, 0, fakes[2].detach(), fakes[1].detach(), d["y"])
+    assert all(p.grad is None for g in t.groups for p in g.nets["G"].net.parameters())
+    after = t.state()
+    assert_same(before["groups"][1], after["groups"][1])
+    assert_same(before["groups"][0]["G"], after["groups"][0]["G"])
+    assert differs(before["groups"][0]["D"], after["groups"][0]["D"]) and differs(before["groups"][0]["C"], after["groups"][0]["C"])
+
+    before = copy.deepcopy(t.state())
+    for role in ("D", "C"):
+        t.groups[0].nets[role].opt.zero_grad()
+    t.generator_step(t.groups[0], d, 0, fakes[1])
+    for role in ("D", "C"):
+        assert_same(before["groups"][0][role], t.state()["groups"][0][role])
+        assert all(p.grad is None and p.requires_grad for p in t.groups[0].nets[role].net.parameters())
+        assert t.groups[0].nets[role].net.training
+    assert differs(before["groups"][0]["G"], t.state()["groups"][0]["G"])
+    assert_same(before["groups"][1], t.state()["groups"][1])
+
+
+@pytest.mark.parametrize("model", ["sagan", "acgan"])
+def test_spectral_norm_moves_once_per_update_and_batchnorm_once_per_step(model):
+    t = setup("--model", model, "--groups", "2", *TINY)
+    g, moves = t.groups[0], {}
+    for role, n in g.nets.items():
+        for m in n.parametrizations:
+            def count(matrix, n_iterations, role=role, old=m._power_method):
+                moves[role] = moves.get(role, 0) + 1
+                return old(matrix, n_iterations)
+            m._power_method = count
+    t.step()
+    if model == "sagan":
+        assert moves == {"G": 3, "D": 3, "C": 3}                    # three normed layers at 32x32, each once
+    for role, times in (("G", 1), ("D", 2), ("C", 2)):              # a critic sees real and fake apart
+        norms = [m for m in g.nets[role].net.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert all(m.num_batches_tracked.item() == times for m in norms)
+
+
+def test_one_generator_forward_and_no_critic_weight_gradient_in_the_generator_step():
+    t = setup("--groups", "3", *TINY)
+    forwards, weight_grads = [], []
+    for g in t.groups:
+        g.nets["G"].net.register_forward_hook(lambda *a, i=g.i: forwards.append(i))
+        for role in ("D", "C"):
+            for p in g.nets[role].params:
+                p.register_hook(lambda grad: weight_grads.append(now[0]))
+    now, step = ["critics"], t.generator_step
+
+    def generator_step(*a):
+        now[0] = "generator"
+        out = step(*a)
+        now[0] = "critics"
+        return out
+    t.generator_step = generator_step
+    t.step()
+    assert sorted(forwards) == [1, 2, 3]
+    assert "critics" in weight_grads and "generator" not in weight_grads
+
+
+def test_arithmetic_of_a_full_step():
+    """At most 192 GFLOP per group at 64x64, width 64, batch 25; counted at batch 5, as all of it is per sample."""
+    from torch.utils.flop_counter import FlopCounterMode
+    t = setup("--groups", "2", "--batch-size", "5")
+    for name in ("discriminator_loss", "connector_loss"):           # the counter loses the second derivative of a leaf
+        f = getattr(t.script, name)
+        setattr(t.script, name, lambda D, *a, f=f, **k: f(lambda x: D(x + 0), *a, **k))
+    with FlopCounterMode(display=False) as count:
+        t.step()
+    gflop = count.get_total_flops() / 1e9 * 5 / 2
+    assert 170 < gflop <= 192, gflop
+
+
+def test_result_is_independent_of_the_visiting_order():
+    a, b = setup("--groups", "3", *TINY), setup("--groups", "3", *TINY)
+    b.groups = [b.groups[2], b.groups[0], b.groups[1]]
+    for t in (a, b):
+        t.step(), t.step()
+    b.groups.sort(key=lambda g: g.i)
+    assert_same(a.state(), b.state())
+
+
+@pytest.mark.parametrize("model", ["sagan", "acgan"])
+def test_group_1_without_coupling_is_the_baseline(model):
+    ring, alone = setup("--model", model, "--groups", "3", "--rho", "0", *TINY), setup("--model", model, "--groups", "1", *TINY)
+    coupled = setup("--model", model, "--groups", "3", *TINY)
+    for t in (ring, alone, coupled):
+        for _ in range(3):
+            t.step()
+    ours, theirs = ring.state()["groups"][0], alone.state()["groups"][0]
+    assert_same({k: ours[k] for k in ("G", "D", "ema")}, theirs)
+    assert differs({k: coupled.state()["groups"][0][k] for k in ("G", "D", "ema")}, theirs)
+
+
+def test_groups_start_apart_and_share_z():
+    t = setup("--groups", "3", *TINY)
+    first = [g.nets["G"].net.net[0].bias for g in t.groups] + [g.nets[r].net.net[0].bias for g in t.groups for r in "DC"]
+    for group in (first[:3], first[3:]):
+        assert all(not torch.equal(a, b) for k, a in enumerate(group) for b in group[:k])
+    assert t.inputs(0)[0].keys() == {"z", *((k, i) for k in ("idx", "D", "C") for i in (1, 2, 3))}
+
+
+def test_n_critic_takes_fresh_z_and_reals_and_moves_g_once():
+    t = setup("--groups", "2", "--n-critic", "3", *TINY)
+    calls = record(t)
+    power = []
+    for m in t.groups[0].nets["G"].parametrizations:
+        m._power_method = lambda *a, old=m._power_method: (power.append(1), old(*a))[1]
+    t.step()
+    reals = [c[2] for c in calls if c[0] == "d"]
+    assert len(reals) == 6 and not torch.equal(reals[0], reals[2])
+    assert len([c for c in calls if c[0] == "g"]) == 4 and len(power) == 3
+    G = t.groups[0].nets["G"]
+    assert next(iter(G.opt.state.values()))["step"].item() == 1
+    assert next(iter(t.groups[0].nets["C"].opt.state.values()))["step"].item() == 3
+    assert all(m.num_batches_tracked.item() == 1 for m in G.net.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_average_of_the_generator():
+    t = setup("--groups", "1", *TINY)
+    want = [p.detach().clone() for p in t.groups[0].nets["G"].net.parameters()]
+    for step in range(4):
+        t.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        want = [decay * w + (1 - decay) * p.detach() for w, p in zip(want, t.groups[0].nets["G"].net.parameters())]
+    for w, p in zip(want, t.groups[0].ema.parameters()):
+        torch.testing.assert_close(p, w, rtol=1e-5, atol=1e-7)
+    for a, b in zip(t.groups[0].ema.buffers(), t.groups[0].nets["G"].net.buffers()):
+        assert torch.equal(a, b)
+
+
+def test_sampling_uses_running_statistics_and_leaves_no_trace():
+    t = setup("--groups", "1", *TINY)
+    t.step()
+    before = copy.deepcopy(t.state())
+    z = okd_train.draw(0, 0, 0, "x", "normal", (60, 8))
+    alone, among = okd_train.generate(t.groups[0].ema, z[:1]), okd_train.generate(t.groups[0].ema, z)
+    assert abs(alone[0].astype(int) - among[0]).max() <= 1          # in train mode the batch would matter
+    assert not t.groups[0].ema.training
+    assert_same(before, t.state())
+
+
+def test_flip_mirrors_half_of_the_reals():
+    t = setup("--groups", "1", "--flip", *TINY)
+    idx = torch.arange(4)
+    plain = t.data.batch(idx, None)
+    flipped = t.data.batch(idx, torch.tensor([0.2, 0.7, 0.49, 0.5]).view(4, 1, 1, 1))
+    for k, mirrored in enumerate((True, False, True, False)):
+        assert torch.equal(flipped[k], plain[k].flip(2) if mirrored else plain[k])
+    assert ("flip", 1) in t.inputs(0)[0]
+
+
+def test_own_losses_equal_sagans():
+    D = sagan.Discriminator(image_size=32, ch=4).eval()
+    real, fake, eps = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.rand(4, 1, 1, 1)
+    (ours, a), (theirs, b) = okd_train.discriminator_loss(D, real, fake, eps=eps), sagan.discriminator_loss(D, real, fake, eps)
+    torch.testing.assert_close(ours, theirs)
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k]) for k in a)
+    torch.testing.assert_close(okd_train.generator_loss(D, fake), sagan.generator_loss(D, fake))
+    defaults = {**okd_train.TRAINER_HPARAMS, **okd_train.OWN_LOSS_HPARAMS}
+    assert {k: sagan.hparams[k] for k in defaults} == defaults
+
+
+# ---------------------------------------------------------------------------------------------- any model script
+OTHER = '''
+import torch
+from torch import nn
+hparams = dict(image_size=16, z_dim=6, batch_size=4, width=8, drop=0.3, sharp=True)
+class Generator(nn.Module):
+    def __init__(self, z_dim, width, image_size):
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(z_dim, width), nn.ReLU(), nn.Dropout(0.1), nn.Linear(width, 3 * image_size ** 2), nn.Tanh())
+        self.size = image_size
+    def forward(self, z):
+        return self.f(z).view(-1, 3, self.size, self.size)
+class Discriminator(nn.Module):
+    def __init__(self, drop=0.3, sharp=True):
+        super().__init__()
+        self.f = nn.Sequential(nn.Flatten(), nn.LazyLinear(8) if False else nn.Linear(768, 8), nn.Tanh() if sharp else nn.ReLU(), nn.Dropout(drop), nn.Linear(8, 1))
+    def forward(self, x):
+        return self.f(x)
+'''
+BARE = '''
+import torch
+class Generator(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = torch.nn.utils.spectral_norm(torch.nn.Linear(128, 3 * 64 * 64))
+    def forward(self, z):
+        return self.f(z).view(-1, 3, 64, 64).tanh()
+class Discriminator(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = torch.nn.Conv2d(3, 1, 64)
+    def forward(self, x):
+        return self.f(x)
+'''
+
+
+@pytest.fixture
+def other(tmp_path):
+    path = tmp_path / "elsewhere" / "my other gan.py"
+    path.parent.mkdir()
+    path.write_text(OTHER)
+    return path
+
+
+def test_a_script_elsewhere_trains_and_resumes(other, photos, tmp_path):
+    common = ["--model", other, "--groups", "2", "--data", photos, "--width", "12", "--no-sharp", "--drop", "0.5", "--log-every", "1"]
+    run(*common, "--steps", "4", "--out", tmp_path / "whole", cwd=tmp_path)
+    run(*common, "--steps", "2", "--out", tmp_path / "parts", cwd=tmp_path)
+    run(*common, "--steps", "4", "--out", tmp_path / "parts", "--resume", cwd=tmp_path)   # dropout: torch draws by itself
+    assert_same(*(okd_train.load_file(tmp_path / d / "checkpoint.pt") for d in ("whole", "parts")))
+    state = okd_train.load_file(tmp_path / "whole" / "checkpoint.pt")
+    assert state["groups"][0]["G"]["net"]["f.0.weight"].shape == (12, 6)
+    G = okd_train.load_generator(tmp_path / "whole" / "G2.pt")
+    assert G(torch.zeros(3, 6)).shape == (3, 3, 16, 16) and not G.training
+    line = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
+    assert {"d_loss", "d_w", "d_grad_norm", "c_loss", "c_w", "g_loss"} <= line["groups"][1].keys()
+
+
+def test_two_classes_are_enough(tmp_path):
+    path = tmp_path / "bare.py"
+    path.write_text(BARE)
+    t = setup("--model", str(path), "--groups", "2", "--batch-size", "2")
+    before = copy.deepcopy(t.state())
+    t.step()
+    assert differs(before, t.state()) and t.s.lambda_gp == 10.0
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("import torch\nclass Generator(torch.nn.Module): pass\n", "has no class Discriminator"),
+    (OTHER.replace("768", "700"), "Discriminator called with images (2, 3, 16, 16)"),
+    (OTHER.replace("3 * image_size ** 2", "3 * image_size"), "Generator called with z (2, 6)"),
+    (OTHER.replace("view(-1, 3, self.size, self.size)", "view(-1, 3 * self.size, self.size)"), "expected (2, 3, 16, 16)"),
+    (OTHER.replace("nn.Linear(8, 1))", "nn.Linear(8, 2))"), "expected scores (2,), (2, 1) or (2, 1, 1, 1)"),
+    (OTHER.replace("drop=0.3, sharp", "dorp=0.3, sharp", 1), "hparams has 'dorp'"),
+    (OTHER.replace("width=8", "width=8, steps=3").replace("z_dim, width", "z_dim, width, steps"), "clashes with the trainer's own flag --steps"),
+    (OTHER.replace("width=8", "width=[8]"), "hparams['width'] = [8]"),
+    (OTHER + "\n1 / 0\n", f"line {OTHER.count(chr(10)) + 2}: ZeroDivisionError"),
+    (OTHER + "\ndef f(:\n", "SyntaxError"),
+    (OTHER.replace("        self.size = image_size", "        raise RuntimeError('no luck')"), "RuntimeError: no luck"),
+    ("hparams = 3\nclass Generator: pass\nclass Discriminator: pass\n", "must be a flat dict"),
+])
+def test_a_faulty_script_is_told_what_is_wrong(text, complaint, tmp_path, photos, capsys):
+    path = tmp_path / "faulty.py"
+    path.write_text(text)
+    assert complaint in refused(capsys, "--model", path, "--groups", "2", "--data", photos, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_loading_a_script_leaves_the_path_as_it_was(other):
+    before = list(sys.path)
+    assert okd_train.Script(str(other)).name == "my other gan" and sys.path == before
+
+
+# ---------------------------------------------------------------------------------------------- a run and its folder
+def test_a_run_leaves_what_the_readme_says(photos, tmp_path):
+    out = tmp_path / "run ü"
+    p = run("--model", "acgan", "--groups", "2", *TINY, "--data", photos, "--steps", "5", "--log-every", "2", "--sample-every", "3",
+            "--save-every", "4", "--out", out, "--n-classes", "2")
+    assert "2 acgan groups in a ring" in p.stdout and "24 images" in p.stdout and "One step takes" in p.stdout and "--quick" in p.stdout
+    assert sorted(f.name for f in out.iterdir()) == ["G1.pt", "G2.pt", "args.json", "checkpoint.pt", "log.jsonl", "samples"]
+    assert sorted(f.name for f in (out / "samples").iterdir()) == ["real.png", "step_000003.png", "step_000005.png"]
+    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [2, 4, 5]                  # the last step always does all three
+    assert {"d_loss", "c_loss", "g_loss", "d_w", "d_accuracy", "gamma"} <= lines[0]["groups"][0].keys() and len(lines[0]["groups"]) == 2
+    args = json.loads((out / "args.json").read_text())
+    assert args["classes"] == ["Crack", "Spallation"] and args["settings"]["n_classes"] == 2 and args["versions"]["torch"] == torch.__version__
+    saved = okd_train.load_file(out / "G1.pt")
+    assert saved["classes"] == args["classes"] and saved["step"] == 5 and saved["model"] == "acgan"
+    picture = Image.open(out / "samples" / "step_000005.png")
+    assert picture.height > 4 * 64 and picture.width > 640          # a row per class and group
+
+    run("--out", out, "--sample", "7")
+    files = sorted(f.relative_to(out / "fakes").as_posix() for f in (out / "fakes").rglob("*.png"))
+    assert files == [f"{g}/{c}/{k:06d}.png" for g in ("G1", "G2") for c, n in (("Crack", 4), ("Spallation", 3)) for k in range(n)]
+    assert (out / "fakes" / "manifest.csv").read_text().splitlines()[1] == "G1/Crack/000000.png,G1,Crack,0/0/0"
+    a = np.asarray(Image.open(out / "fakes" / files[0]))
+    G = okd_train.load_generator(out / "G1.pt")
+    z = okd_train.draw(0, 0, 0, "sample Crack", "normal", (50, 8))
+    assert np.array_equal(a, okd_train.generate(G, z, torch.zeros(50, dtype=torch.long))[0])
+    p = run("--out", out, "--sample", "2", ok=False)
+    assert p.returncode == 2 and "not empty" in p.stderr
+    (out / "fakes").rename(tmp_path / "seven")
+    run("--out", out, "--sample", "120")                            # the first images do not depend on how many there are
+    assert (out / "fakes" / files[1]).read_bytes() == (tmp_path / "seven" / files[1]).read_bytes()
+
+
+@pytest.mark.parametrize("model", ["sagan", "acgan"])
+def test_resume_is_exact(model, photos, tmp_path):
+    common = ["--model", model, "--groups", "2", *TINY, "--data", str(photos), "--log-every", "2", "--flip", "--seed", "5"]
+    okd_train.main([*common, "--steps", "6", "--out", str(tmp_path / "whole")])
+    okd_train.main([*common, "--steps", "3", "--out", str(tmp_path / "parts")])
+    torch.randn(3)                                                  # a resumed process has another stream behind it
+    okd_train.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "6", "--model", model])
+    assert_same(*(okd_train.load_file(tmp_path / d / "checkpoint.pt") for d in ("whole", "parts")))
+    assert_same(*(okd_train.load_file(tmp_path / d / "G2.pt") for d in ("whole", "parts")))
+    assert logs(tmp_path / "whole") == logs(tmp_path / "parts") and len(logs(tmp_path / "whole")) == 3
+    assert (tmp_path / "whole/samples/step_000006.png").read_bytes() == (tmp_path / "parts/samples/step_000006.png").read_bytes()
+
+
+def logs(run):
+    """Parsed log.jsonl without its time fields."""
+    lines = [json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k not in ("seconds", "images_per_second")} for x in lines]
+
+
+def test_kill_9_at_random_moments(photos, tmp_path):
+    common = [sys.executable, okd_train.__file__, "--model", "sagan", "--groups", "2", *TINY, "--data", str(photos), "--steps", "40", "--log-every", "1",
+              "--save-every", "3", "--sample-every", "1000"]
+    env, parts = dict(os.environ, OMP_NUM_THREADS="1"), tmp_path / "parts"
+    subprocess.run([*common, "--out", str(tmp_path / "whole")], env=env, check=True, capture_output=True, timeout=120)
+    r, kills = random.Random(4), 0
+    for attempt in range(12):
+        resume = ["--resume"] if (parts / "checkpoint.pt").exists() else []
+        p = subprocess.Popen([*common, "--out", str(parts), *resume], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        size = (parts / "log.jsonl").stat().st_size if resume else 0
+        deadline = time.monotonic() + 60
+        while attempt < 3 and p.poll() is None and time.monotonic() < deadline:
+            lines = (parts / "log.jsonl").read_text().count("\n") if (parts / "log.jsonl").exists() else 0
+            if (parts / "checkpoint.pt").exists() and lines > 0 and (parts / "log.jsonl").stat().st_size > size:
+                time.sleep(r.random() * 0.25)
+                p.kill()
+                kills += p.wait() == -signal.SIGKILL
+        if p.wait(60) == 0:
+            break
+    assert kills >= 2 and p.returncode == 0
+    assert_same(*(okd_train.load_file(tmp_path / d / "checkpoint.pt") for d in ("whole", "parts")))
+    assert logs(tmp_path / "whole") == logs(parts) and [x["step"] for x in logs(parts)] == list(range(1, 41))
+    assert not list(parts.glob(".*tmp*")) or kills                  # a killed save leaves at most its temporary file
+
+
+def test_log_is_cut_back_to_the_checkpoint(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"step": k}) + "\n" for k in (2, 4, 5, 6, 8)) + '{"step": 1')
+    okd_train.cut_log(log, 6, 2)
+    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_leave(number, code, photos, tmp_path):
+    p = subprocess.Popen([sys.executable, okd_train.__file__, "--groups", "1", *TINY, "--data", str(photos), "--out", str(tmp_path / "run"), "--log-every", "1"],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not ((log := tmp_path / "run" / "log.jsonl").exists() and log.stat().st_size):
+        time.sleep(0.05)
+    p.send_signal(number)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == code and "--resume goes on" in out and err == ""
+    saved, lines = okd_train.load_file(tmp_path / "run" / "checkpoint.pt"), logs(tmp_path / "run")
+    assert saved["step"] == lines[-1]["step"] >= 1
+
+
+def test_max_seconds_and_epochs(photos, tmp_path, capsys):
+    okd_train.main(["--groups", "1", *TINY, "--data", str(photos), "--max-seconds", "0.001", "--out", str(tmp_path / "a")])
+    assert okd_train.load_file(tmp_path / "a" / "checkpoint.pt")["step"] == 1 and "--max-seconds reached" in capsys.readouterr().out
+    okd_train.main(["--groups", "1", *TINY, "--data", str(photos), "--epochs", "0.5", "--out", str(tmp_path / "b")])
+    assert okd_train.load_file(tmp_path / "b" / "checkpoint.pt")["step"] == 3            # 12 of 24 images in batches of 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(photos, tmp_path, capsys):
+    path = tmp_path / "blowup.py"
+    path.write_text(BARE.replace("64", "16") + '''
+hparams = dict(image_size=16, batch_size=2)
+calls = [0]
+def generator_loss(D, fake):
+    calls[0] += 1
+    return D(fake).mean() * (float("nan") if calls[0] > 13 else 1)     # groups x critics = 4 calls a step
+''')
+    text = refused(capsys, "--model", path, "--groups", "2", "--data", photos, "--save-every", "2", "--out", tmp_path / "run")
+    assert "step 4" in text and "generator of group 1" in text and "checkpoint.pt" in text
+    state = okd_train.load_file(tmp_path / "run" / "checkpoint.pt")
+    assert state["step"] == 2 and all(torch.isfinite(v).all() for v in flat(state).values() if isinstance(v, torch.Tensor))
+
+
+def test_progress_is_rewritten_on_a_terminal(photos, tmp_path):
+    import pty
+    main, sub = pty.openpty()
+    p = subprocess.Popen([sys.executable, okd_train.__file__, "--groups", "1", *TINY, "--data", str(photos), "--steps", "3", "--out", str(tmp_path / "r")],
+                         stdout=sub, stderr=sub, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    os.close(sub)
+    text = b""
+    with contextlib.suppress(OSError):                              # the terminal closes with the process
+        while part := os.read(main, 4096):
+            text += part
+    assert p.wait(60) == 0 and b"\rstep 1/3" in text and b"img/s" in text and b"left\x1b[K" in text
+
+
+def test_python_sagan_py_is_the_one_group_baseline(photos, tmp_path, root):
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    subprocess.run([sys.executable, root / "sagan.py", *TINY, "--data", photos, "--steps", "2", "--out", tmp_path / "a"], check=True, env=env, timeout=120, capture_output=True)
+    okd_train.main(["--groups", "1", *TINY, "--data", str(photos), "--steps", "2", "--out", str(tmp_path / "b")])
+    assert_same(*(okd_train.load_file(tmp_path / d / "checkpoint.pt") for d in "ab"))
+
+
+def test_torchrun_with_one_process(photos, tmp_path):
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", okd_train.__file__, "--model", "sagan", "--groups", "2", *TINY, "--data", photos,
+                        "--steps", "2", "--batch_size=3", "--out", tmp_path / "r"], capture_output=True, text=True, timeout=120, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert p.returncode == 0, p.stderr
+    assert json.loads((tmp_path / "r" / "args.json").read_text())["settings"]["batch_size"] == 3
+
+
+def test_quick_learns(tmp_path):
+    """The preset, shortened: the distance of simple statistics between samples and data falls far below half."""
+    s, script, named = okd_train.parse(["--groups", "2", "--quick"])
+    okd_train.settle(s, script, named)
+    images, labels, classes = okd_train.synthetic_images(s.image_size, False)
+    t = okd_train.Trainer(script, s, okd_train.Data(images, labels, classes, s, torch.device("cpu")), torch.device("cpu"))
+
+    def statistics(x):                                              # tone, contrast and roughness at four scales, per image
+        x = torch.as_tensor(x).float() / 255
+        rows = [x.mean((2, 3)), x.std((2, 3))]
+        x = x.mean(1, keepdim=True)
+        for _ in range(4):
+            rows += [(x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))[:, None].add(1e-3).log()]
+            x = nn.functional.avg_pool2d(x, 2)
+        return torch.cat(rows, 1)
+    real, z = statistics(images), okd_train.draw(1, 0, 0, "test", "normal", (200, s.z_dim))
+
+    def distance(g):                                                # of two Gaussians with independent features
+        fake = statistics(okd_train.generate(g.ema, z).transpose(0, 3, 1, 2))
+        return (((fake.mean(0) - real.mean(0)) ** 2 + (fake.std(0) - real.std(0)) ** 2) / real.var(0)).mean().item()
+    before = [distance(g) for g in t.groups]
+    for _ in range(100):
+        t.step()
+    after = [distance(g) for g in t.groups]
+    assert all(a < b / 2 for a, b in zip(after, before)), (before, after)
+
+
+# ---------------------------------------------------------------------------------------------- data
+def test_every_kind_of_image_becomes_rgb_of_the_asked_size(tmp_path):
+    ramp = np.linspace(0, 255, 40 * 40).reshape(40, 40).astype(np.uint8)
+    rgb = Image.fromarray(np.stack([ramp, ramp.T, 255 - ramp], 2))
+    Image.fromarray(ramp).save(tmp_path / "grey.PNG")
+    rgb.quantize(64).save(tmp_path / "palette.png")
+    rgb.convert("RGBA").save(tmp_path / "alpha.png")
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    rgb.resize((80, 40)).save(tmp_path / "wide.bmp")
+    said = []
+    images, labels, classes = okd_train.load_images(tmp_path, 20, False, False, said.append)
+    assert images.shape == (6, 3, 20, 20) and images.dtype == torch.uint8 and classes == [] and labels.tolist() == [0] * 6
+    assert len(said) == 1 and "6 of 6 images" in said[0]
+    by_name = dict(zip(sorted(p.name for p in tmp_path.iterdir()), images))
+    assert torch.equal(by_name["deep.png"], by_name["grey.PNG"])    # scaled, not clipped
+    assert abs(by_name["alpha.png"].int() - by_name["palette.png"].int()).float().mean() < 8
+    small = np.asarray(rgb.crop((0, 0, 40, 40)).resize((20, 20), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    assert np.array_equal(by_name["alpha.png"].numpy(), small)
+
+
+def test_images_of_the_right_size_are_taken_as_they_are_and_classes_are_sorted(photos):
+    said = []
+    images, labels, classes = okd_train.load_images(photos, 32, True, False, said.append)
+    assert classes == ["Crack", "Spallation"] and labels.tolist() == [0] * 12 + [1] * 12 and said == []
+    assert np.array_equal(images[13].numpy(), np.asarray(Image.open(photos / "Spallation" / "01.png")).transpose(2, 0, 1))
+
+
+def test_links_hidden_files_and_loops(photos, tmp_path):
+    (tmp_path / "a").symlink_to(photos / "Crack")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "up").symlink_to(tmp_path)                    # a loop
+    (tmp_path / "b" / "._x.png").write_bytes(b"resource fork")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "y.png").write_bytes(b"")
+    assert len(okd_train.list_images(tmp_path)) == 12
+
+
+def test_the_synthetic_default_is_deterministic():
+    a, b = okd_train.synthetic_images(32, True), okd_train.synthetic_images(32, True)
+    assert torch.equal(a[0], b[0]) and len(a[0]) >= 300 and len(a[2]) == 5 and set(a[1].tolist()) == set(range(5))
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+def broken_photos(photos, folder):
+    import shutil
+    shutil.copytree(photos, folder)
+    (folder / "Crack" / "cut.png").write_bytes((photos / "Crack" / "00.png").read_bytes()[:300])
+    (folder / "Spallation" / "text.jpg").write_text("not an image")
+    return folder
+
+
+def test_bad_images_are_all_named_or_skipped(photos, tmp_path, capsys):
+    folder = broken_photos(photos, tmp_path / "photos")
+    text = refused(capsys, "--data", folder, *TINY, "--out", tmp_path / "run")
+    assert "2 of 26 images" in text and "cut.png" in text and "text.jpg" in text and "--skip-bad" in text
+    okd_train.main(["--data", str(folder), *TINY, "--groups", "1", "--steps", "1", "--skip-bad", "--out", str(tmp_path / "run")])
+    text = capsys.readouterr().out
+    assert "Skipped 2 unreadable images" in text and "24 images" in text
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    (["--data", "nowhere"], "no such folder"),
+    (["--data", "EMPTY"], "accepted are bmp jpeg jpg pgm png"),
+    (["--data", "SPLIT"], "holds only train, val"),
+    (["--batch-size", "25"], "24 images, fewer than one batch"),
+    (["--model", "nosuch"], "no model script 'nosuch'"),
+    (["--model", "gone/my.py"], "gone/my.py"),
+    (["--wdith", "3"], "unrecognized arguments: --wdith"),
+    (["--n-classes", "2"], "unrecognized arguments: --n-classes"),
+    (["--groups", "0"], "--groups is 0; it must be 1 or more"),
+    (["--groups", "two"], "invalid int value"),
+    (["--rho", "-0.5"], "--rho is -0.5"),
+    (["--rho", "nan"], "--rho is nan"),
+    (["--g-lr", "inf"], "--g-lr is inf"),
+    (["--beta2", "1"], "--beta2 is 1.0"),
+    (["--steps", "0"], "--steps is 0"),
+    (["--steps", "3", "--epochs", "2"], "give one"),
+    (["--epochs", "0"], "--epochs is 0.0"),
+    (["--max-seconds", "-1"], "--max-seconds is -1.0"),
+    (["--seed", "-1"], "--seed is -1"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--image-size", "48"], "built for 32, 64 and 128"),
+    (["--loss", "lsgan"], "wgan-gp or hinge"),
+    (["--spectral-norm", "all"], "both, g, d, none"),
+    (["--resume"], "no checkpoint in"),
+    (["--model", "acgan", "--n-classes", "3"], "has 2 class folders: Crack, Spallation"),
+    (["--model", "acgan", "--data", "FLAT"], "outside class folders"),
+    (["--model", "acgan", "--data", "ONE"], "one class folder only"),
+])
+def test_bad_input(argv, complaint, photos, tmp_path, capsys):
+    for name in ("EMPTY", "SPLIT/train", "SPLIT/val", "ONE"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("train", "val"):
+        (tmp_path / "SPLIT" / name / "c").symlink_to(photos / "Crack")
+    (tmp_path / "FLAT").symlink_to(photos / "Crack")
+    (tmp_path / "ONE" / "c").symlink_to(photos / "Crack")
+    argv = [str(tmp_path / a) if a in ("EMPTY", "SPLIT", "FLAT", "ONE", "nowhere") else a for a in argv]
+    base = ["--data", photos, *TINY, "--out", tmp_path / "run"]
+    assert complaint in refused(capsys, *base, *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_are_not_overwritten_and_resume_is_checked(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    base = ["--data", photos, *TINY, "--groups", "2", "--out", out]
+    okd_train.main([*map(str, base), "--steps", "2", "--rho", "0.25"])
+    capsys.readouterr()
+    kept = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    assert "go on with --resume" in refused(capsys, *base)
+    text = refused(capsys, *base, "--resume", "--rho", "0.5", "--seed", "3", "--steps", "4")
+    assert "--rho is 0.25 there and 0.5 here" in text and "--seed is 0 there and 3 here" in text and "steps" not in text
+    assert "was trained with sagan" in refused(capsys, "--model", "acgan", "--out", out, "--resume")
+    (tmp_path / "other").mkdir()
+    for k in range(9):
+        Image.new("RGB", (32, 32), (k, k, k)).save(tmp_path / "other" / f"{k}.png")
+    (tmp_path / "moved").symlink_to(photos)
+    okd_train.main(["--data", str(tmp_path / "moved"), "--out", str(out), "--resume"])      # the same folder by another name
+    assert "Nothing to do" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == kept
+    (photos / "Crack" / "more.png").write_bytes((photos / "Crack" / "00.png").read_bytes())
+    try:
+        assert "are not those" in refused(capsys, *base, "--resume", "--steps", "4")
+    finally:
+        (photos / "Crack" / "more.png").unlink()
+    for content, complaint in ((kept["checkpoint.pt"][:5000], "cut short"), (b"", "cut short"), (b"hello", "cut short"),
+                               (kept["G1.pt"], "is not a checkpoint of okd_train.py")):
+        (out / "checkpoint.pt").write_bytes(content)
+        assert complaint in refused(capsys, *base, "--resume", "--steps", "4")
+    (out / "checkpoint.pt").unlink()
+    assert "no checkpoint" in refused(capsys, *base, "--resume", "--steps", "4")
+    assert "delete it" in refused(capsys, *base)
+    (out / "args.json").write_text("{")
+    assert "cannot be read" in refused(capsys, "--out", out, "--resume")
+
+
+def test_a_hostile_checkpoint_executes_nothing(photos, tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "boom"),)
+    out = tmp_path / "run"
+    base = ["--data", str(photos), *TINY, "--groups", "1", "--out", str(out)]
+    okd_train.main([*base, "--steps", "1"])
+    torch.save({"format": okd_train.FORMAT, "x": Bomb()}, out / "checkpoint.pt")
+    torch.save(Bomb(), out / "G1.pt")
+    capsys.readouterr()
+    refused(capsys, *base, "--resume", "--steps", "3")
+    refused(capsys, "--out", out, "--sample", "2")
+    assert not (tmp_path / "boom").exists()
+
+
+def test_sample_needs_a_run(tmp_path, capsys):
+    assert "no args.json" in refused(capsys, "--out", tmp_path / "none", "--sample", "3")
+    assert "--sample is 0" in refused(capsys, "--out", tmp_path / "none", "--sample", "0")
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(okd_train.UserError, match="cannot write"):
+        with okd_train.replacing(path) as f:
+            f.write(b"new, but")
+            raise OSError("No space left on device")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_help_names_the_flags_of_the_script(capsys):
+    with pytest.raises(SystemExit) as e:
+        okd_train.main(["--model", "acgan", "--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and "--c-aux" in text and "--groups" in text and "--spectral-norm" not in text
+
+
+def test_notes_on_settings_without_effect(photos, tmp_path, capsys):
+    okd_train.main(["--data", str(photos), *TINY, "--groups", "1", "--steps", "1", "--rho", "0.3", "--out", str(tmp_path / "a")])
+    assert "--rho without effect" in capsys.readouterr().out
+    okd_train.main(["--data", str(photos), *TINY, "--groups", "2", "--steps", "1", "--rho", "1.5", "--out", str(tmp_path / "b")])
+    assert "copy its neighbour" in capsys.readouterr().out
