@@ -1,0 +1,948 @@
+"""fid.py: parity with recorded values of pytorch-fid, the mathematics against independent formulas, the command line and its errors."""
+import importlib.util
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fid
+
+
+# ------------------------------------------------------------------------------------------------------ fixtures
+
+@pytest.fixture(scope="session")
+def recorded(shared, tmp_path_factory):
+    """Stand-in weights and images made from their seed, and what pytorch-fid returned for them."""
+    spec = importlib.util.spec_from_file_location("make_inception_weights", shared / "fixtures/fid/make_inception_weights.py")
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    root = tmp_path_factory.mktemp("fid_recorded")
+    torch.save(maker.state_dict(), root / "weights.pth")
+    maker.write_images(root)
+    found = types.SimpleNamespace(root=root, weights=root / "weights.pth", maker=maker,
+                                  json=json.loads((shared / "fixtures/fid/expected.json").read_text()),
+                                  npz=dict(np.load(shared / "fixtures/fid/expected.npz")))
+    found.model = fid.inception(2048, found.weights, "cpu")
+    found.features = {k: fid.features(root / k, model=found.model) for k in "abc"}
+    return found
+
+
+def random_state(seed=0, counters=True):
+    """A state dict of the network with random values, by name and shape as the standard file has them."""
+    g = torch.Generator().manual_seed(seed)
+    state = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+
+    def conv(name, x, out, kernel, stride, padding):
+        cin = x.shape[1]
+        state[f"{name}.conv.weight"] = torch.randn(out, cin, *kernel, generator=g) * (2 / (cin * kernel[0] * kernel[1])) ** 0.5
+        for k, v in (("weight", torch.ones(out)), ("bias", torch.randn(out, generator=g) * 0.1),
+                     ("running_mean", torch.randn(out, generator=g) * 0.1), ("running_var", torch.rand(out, generator=g) + 0.5)):
+            state[f"{name}.bn.{k}"] = v
+        if counters:
+            state[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
+        return torch.nn.functional.conv2d(x, torch.empty(out, cin, *kernel, device="meta"), stride=stride, padding=padding)
+
+    fid._graph(conv, torch.empty(1, 3, 299, 299, device="meta"), 2048)
+    return state
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fid_weights") / "random.pth"
+    torch.save(random_state(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_model(weights):
+    return fid.inception(64, weights, "cpu")
+
+
+def pictures(n, seed=0, size=24, shift=0):
+    r = np.random.RandomState(seed)
+    low = r.randint(0, 200, (n, 4, 4, 3)) + shift
+    images = [np.asarray(Image.fromarray(p.clip(0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.BILINEAR)) for p in low]
+    return np.stack(images)
+
+
+def write(folder, images, ext="png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, p in enumerate(images):
+        Image.fromarray(p).save(folder / f"{i:03d}.{ext}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fid_folders")
+    for i, name in enumerate(("real", "G1", "G2")):
+        write(root / name, pictures(14 - i, i, shift=10 * i))
+    return root
+
+
+@pytest.fixture
+def run(capsys, weights, monkeypatch):
+    """fid.main in this process: (status, stdout, stderr). --weights and few dims are added where images are scored."""
+    def call(*argv, weigh=True):
+        argv = [str(a) for a in argv]
+        if weigh and "random" not in argv:
+            argv += ["--weights", str(weights), "--device", "cpu"] + ([] if "--dims" in argv else ["--dims", "64"])
+        capsys.readouterr()
+        status = fid.main(argv)
+        out = capsys.readouterr()
+        return status, out.out, out.err
+    return call
+
+
+@pytest.fixture
+def fails(run):
+    """The call ends with status 2, nothing on stdout, and (after notes on the folders) one line that holds all the words."""
+    def call(*argv, words=(), weigh=True):
+        status, out, err = run(*argv, weigh=weigh)
+        assert status == 2 and out == ""
+        last = err.strip().splitlines()[-1]
+        assert err.count("fid.py: ") == 1 and last.startswith("fid.py: ") and "Traceback" not in err
+        for w in words:
+            assert str(w) in last, (w, last)
+        return last
+    return call
+
+
+# -------------------------------------------------------------------------------------- parity with pytorch-fid
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", "abc")
+def test_pool3_features_agree_with_pytorch_fid(recorded, name):
+    assert recorded.features[name].dtype == np.float32
+    close(recorded.features[name], recorded.npz[name])
+
+
+def test_features_agree_with_the_network_in_float64(recorded):
+    np.testing.assert_allclose(recorded.features["a"][:4], recorded.npz["a_float64_first4"], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dims", [64, 192, 768])
+def test_lower_layers_and_their_fid_agree_with_pytorch_fid(recorded, dims):
+    model = fid.inception(dims, recorded.weights, "cpu")
+    f = {k: fid.features(recorded.root / k, model=model) for k in "abc"}
+    close(f["a"][:8], recorded.npz[f"a{dims}"])
+    for pair in ("ab", "ac"):
+        want = recorded.json["fid"][f"{pair}/{dims}"]
+        assert fid.frechet_distance(f[pair[0]], f[pair[1]]) == pytest.approx(want["fid"], rel=3e-5)
+        s = [fid.statistics(f[k]) for k in pair]
+        assert fid.frechet_distance(*s[0], *s[1]) == pytest.approx(want["fid"], rel=3e-5)
+
+
+@pytest.mark.parametrize("pair", ["ab", "ac", "bc"])
+def test_fid_end_to_end_and_from_recorded_features(recorded, pair):
+    want = recorded.json["fid"][f"{pair}/2048"]
+    mine = [recorded.features[k] for k in pair]
+    theirs = [recorded.npz[k] for k in pair]
+    assert fid.frechet_distance(*mine) == pytest.approx(want["fid"], rel=3e-5)
+    assert fid.frechet_distance(*theirs) == pytest.approx(want["fid"], rel=1e-9)
+    total, mean_term, trace_term = fid._frechet(*theirs)
+    assert mean_term == pytest.approx(want["mean_term"], rel=1e-9)
+    assert trace_term == pytest.approx(want["trace1"] + want["trace2"] - 2 * want["trace_sqrt"], rel=1e-9)
+    if "peer" in want:                          # the peer's own value is low by its rounding at n << d, never high
+        assert 0 <= total - want["peer"] < 2e-5 * total
+
+
+@pytest.mark.parametrize("pair", ["ab", "ac"])
+def test_fid_of_rank_deficient_statistics(recorded, pair):
+    s = [fid.statistics(recorded.npz[k]) for k in pair]
+    assert fid.frechet_distance(*s[0], *s[1]) == pytest.approx(recorded.json["fid"][f"{pair}/2048"]["fid"], rel=1e-9)
+
+
+def test_fid_of_a_set_with_itself_is_zero(recorded):
+    a = recorded.npz["a"]
+    assert fid.frechet_distance(a, a) < 1e-6
+    assert fid.frechet_distance(a, a[::-1].copy()) < 1e-6
+    s = fid.statistics(a)
+    assert fid.frechet_distance(*s, *s) < 1e-6
+
+
+@pytest.mark.parametrize("key", ["a/2048", "b/2048", "c/2048"])
+def test_statistics_agree_with_pytorch_fid(recorded, key):
+    mu, sigma = fid.statistics(recorded.features[key[0]])
+    want = recorded.json["stats"][key]
+    for got, name in ((np.linalg.norm(mu), "mu_norm"), (mu.sum(), "mu_sum"), (mu[0], "mu_0"), (np.linalg.norm(sigma), "sigma_fro"),
+                      (np.trace(sigma), "sigma_trace"), (sigma[0, 0], "sigma_00"), (sigma[0, 1], "sigma_01")):
+        assert got == pytest.approx(want[name], rel=2e-5, abs=2e-7), name
+
+
+@pytest.mark.parametrize("pair", ["ab", "ac"])
+def test_kid_as_recorded(recorded, pair):
+    want = recorded.json["kid"][pair]
+    a, b = (recorded.npz[k][:want["n"]] for k in pair)
+    assert fid.kernel_distance(a, b)[0] == pytest.approx(want["unbiased_mmd2_first_n"], rel=1e-6)
+
+
+@pytest.mark.parametrize("pair,k", list(itertools.product(["ab", "ac"], [3, 5])))
+def test_prdc_as_recorded(recorded, pair, k):
+    want = recorded.json["prdc"][pair][f"prdc_k{k}"]
+    assert fid.prdc(*(recorded.npz[s] for s in pair), k=k) == pytest.approx(want, abs=1e-12)
+
+
+def test_odd_files_one_by_one_and_in_one_folder(recorded):
+    folder = recorded.root / "odd"
+    names = [str(n) for n in recorded.npz["odd_names"]]
+    with pytest.warns(UserWarning, match="2 images have 16 bits"):
+        together = fid.features(folder, model=recorded.model)
+    assert len(together) == len(names) and [p.name for p in fid.find_images(folder)[0]] == names
+    import hashlib
+    for i, name in enumerate(names):
+        image, deep = fid.read_image(folder / name)
+        want = recorded.json["odd"][name]
+        if deep:                                # stated deviation: pytorch-fid sees these clipped to white
+            assert name.startswith("grey_I16")
+            scaled = np.repeat((np.asarray(Image.open(folder / name)) >> 8).astype(np.uint8)[:, :, None], 3, 2)
+            np.testing.assert_array_equal(image, scaled)
+            alone = fid.features(scaled[None], model=recorded.model)[0]
+        else:
+            assert hashlib.sha256(image.tobytes()).hexdigest()[:16] == want["rgb_sha256"]
+            alone = fid.features([folder / name], model=recorded.model)[0]
+            close(alone, recorded.npz["odd"][i])
+            close(alone[:4], want["feature_0_3"])
+            assert np.linalg.norm(alone) == pytest.approx(want["feature_norm"], rel=1e-4)
+        np.testing.assert_allclose(together[i], alone, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_command_line_agrees_with_pytorch_fid(recorded, run):
+    status, out, err = run(recorded.root / "a", recorded.root / "c", "--weights", recorded.weights, "--device", "cpu", "--json", weigh=False)
+    got = json.loads(out)
+    assert status == 0 and got["fid"] == pytest.approx(recorded.json["fid"]["ac/2048"]["fid"], rel=3e-5)
+    assert (got["n_real"], got["n_fake"], got["dims"], got["resize"], got["features"]) == (48, 32, 2048, "torch", "inception")
+
+
+def test_statistics_files_are_exchanged_with_pytorch_fid(recorded, run, tmp_path):
+    status, _, _ = run("--save", tmp_path / "ours.npz", recorded.root / "a", "--weights", recorded.weights, weigh=False)
+    assert status == 0
+    with np.load(tmp_path / "ours.npz") as f:   # how pytorch-fid reads a file
+        m, s = f["mu"][:], f["sigma"][:]
+    assert m.dtype == s.dtype == np.float64 and m.shape == (2048,) and s.shape == (2048, 2048)
+    act = recorded.npz["c"].astype(np.float64)  # how pytorch-fid writes one
+    np.savez_compressed(tmp_path / "theirs.npz", mu=np.mean(act, axis=0), sigma=np.cov(act, rowvar=False))
+    status, out, _ = run(tmp_path / "ours.npz", tmp_path / "theirs.npz", "--json", weigh=False)
+    assert status == 0 and json.loads(out)["fid"] == pytest.approx(recorded.json["fid"]["ac/2048"]["fid"], rel=3e-5)
+
+
+# ------------------------------------------------------------------------------------------- the Frechet distance
+
+def jacobi_singular_values(m):
+    """One-sided Jacobi in long double: the reference for the trace term."""
+    m = np.array(m, np.longdouble)
+    for _ in range(60):
+        off = 0
+        for i, j in itertools.combinations(range(m.shape[1]), 2):
+            p, q, r = m[:, i] @ m[:, i], m[:, j] @ m[:, j], m[:, i] @ m[:, j]
+            if r == 0:
+                continue
+            off = max(off, abs(r) / np.sqrt(p * q)) if p * q > 0 else off
+            zeta = (q - p) / (2 * r)
+            t = (1 if zeta >= 0 else -1) / (abs(zeta) + np.hypot(np.longdouble(1), zeta))
+            c = 1 / np.sqrt(1 + t * t)
+            m[:, i], m[:, j] = c * m[:, i] - c * t * m[:, j], c * t * m[:, i] + c * m[:, j]
+        if off < 1e-17:
+            break
+    return np.sqrt((m * m).sum(0))
+
+
+def gaussians(n1, n2, d, seed=0):
+    r = np.random.RandomState(seed)
+    spectrum = np.arange(1, d + 1) ** -0.6
+    return ((r.standard_normal((n1, d)) * spectrum + 1).astype(np.float32), (r.standard_normal((n2, d)) @ np.diag(spectrum[::-1])).astype(np.float32))
+
+
+@pytest.mark.parametrize("n1,n2,d", [(12, 9, 40), (9, 12, 40), (30, 12, 24), (12, 30, 24), (70, 12, 24), (60, 50, 12), (25, 24, 24), (2, 2, 5), (3, 50, 1)])
+def test_distance_against_long_double(n1, n2, d):
+    a, b = gaussians(n1, n2, d)
+    x, y = (f.astype(np.longdouble) - f.astype(np.longdouble).mean(0) for f in (a, b))
+    cross = jacobi_singular_values((x @ y.T) / np.sqrt(np.longdouble(n1 - 1) * (n2 - 1))).sum()
+    exact = ((a.astype(np.longdouble).mean(0) - b.astype(np.longdouble).mean(0)) ** 2).sum() \
+        + (x ** 2).sum() / (n1 - 1) + (y ** 2).sum() / (n2 - 1) - 2 * cross
+    assert fid.frechet_distance(a, b) == pytest.approx(float(exact), rel=1e-9)
+    s, t = fid.statistics(a), fid.statistics(b)
+    assert fid.frechet_distance(*s, *t) == pytest.approx(float(exact), rel=1e-9)
+    assert fid._frechet(s, b)[0] == pytest.approx(float(exact), rel=1e-9)
+    assert fid.frechet_distance(b, a) == pytest.approx(fid.frechet_distance(a, b), rel=1e-12)
+
+
+def test_rank_deficient_statistics_without_scipy(monkeypatch):
+    a, b = gaussians(12, 20, 40)
+    s, t = fid.statistics(a), fid.statistics(b)
+    want = fid.frechet_distance(*s, *t)
+    monkeypatch.setitem(sys.modules, "scipy.linalg.lapack", None)
+    assert fid.frechet_distance(*s, *t) == pytest.approx(want, rel=1e-11)
+    with pytest.raises(fid.FidError, match="negative eigenvalues"):
+        fid.frechet_distance(np.zeros(2), np.diag([1.0, -1.0]), np.zeros(2), np.eye(2))
+
+
+def test_diagonal_gaussians_have_the_closed_form():
+    r = np.random.RandomState(3)
+    m1, m2, v1, v2 = r.standard_normal((2, 300)).tolist() + (r.uniform(0, 3, (2, 300)) ** 4).tolist()
+    m1, m2, v1, v2 = map(np.array, (m1, m2, v1, v2))
+    v1[:7] = 0                                  # directions without any spread
+    want = ((m1 - m2) ** 2).sum() + ((np.sqrt(v1) - np.sqrt(v2)) ** 2).sum()
+    assert fid.frechet_distance(m1, np.diag(v1), m2, np.diag(v2)) == pytest.approx(want, rel=1e-12)
+    assert fid.frechet_distance([1.0], [[4.0]], [3.0], [[9.0]]) == pytest.approx(4 + 1)
+    assert fid.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.ones(3), np.zeros((3, 3))) == pytest.approx(3)
+
+
+def test_commuting_covariances_with_a_rotation():
+    d = 64
+    q = np.linalg.qr(np.random.RandomState(0).standard_normal((d, d)))[0]
+    v1, v2 = np.logspace(-9, 1, d), np.logspace(0, -8, d)
+    want = ((np.sqrt(v1) - np.sqrt(v2)) ** 2).sum()
+    assert fid.frechet_distance(np.zeros(d), q * v1 @ q.T, np.zeros(d), q * v2 @ q.T) == pytest.approx(want, rel=1e-9)
+
+
+def test_equal_sets_give_zero_at_full_rank():
+    a, _ = gaussians(90, 2, 30)
+    assert fid.frechet_distance(a, a) < 1e-9
+    s = fid.statistics(a)
+    assert 0 <= fid.frechet_distance(*s, *s) < 1e-9
+
+
+def test_statistics_are_float64_with_ddof_1_even_far_from_zero():
+    f = (np.random.RandomState(0).standard_normal((5000, 6)) * 0.01 + 1000).astype(np.float32)
+    mu, sigma = fid.statistics(f)
+    np.testing.assert_allclose(mu, f.astype(np.float64).mean(0), rtol=1e-13)
+    np.testing.assert_allclose(sigma, np.cov(f.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-16)
+    two = np.array([[0.0, 1], [2, 5]], np.float32)
+    np.testing.assert_allclose(fid.statistics(two)[1], [[2, 4], [4, 8]])
+
+
+def test_moments_do_not_depend_on_the_blocks():
+    f = (np.random.RandomState(1).standard_normal((5000, 5)) + 50).astype(np.float32)
+    want = fid.statistics(f)
+    parts = [fid._Moments() for _ in range(3)]
+    for p, rows in zip(parts, np.split(f, [7, 3000])):
+        for block in np.array_split(rows, 5):
+            p.update(block)
+    parts[0].merge(parts[1])
+    parts[0].merge(parts[2])
+    for x, y in zip(parts[0].result(), want):
+        np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("call,words", [
+    (lambda f: f(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3)), "dimensions"),
+    (lambda f: f(np.zeros((5, 2)), np.zeros((5, 3))), "dimensions"),
+    (lambda f: f(np.zeros((1, 2)), np.zeros((5, 2))), "at least 2"),
+    (lambda f: f(np.zeros(2), np.eye(3), np.zeros(2), np.eye(2)), "do not fit"),
+    (lambda f: f(np.zeros(2), np.array([[1, 0], [1, 1.0]]), np.zeros(2), np.eye(2)), "symmetric"),
+    (lambda f: f(np.zeros(2), np.diag([1.0, -1]), np.zeros(2), np.eye(2)), "negative eigenvalues"),
+    (lambda f: f(np.array([np.nan, 0]), np.eye(2), np.zeros(2), np.eye(2)), "not finite"),
+    (lambda f: f(np.full((5, 2), np.inf), np.zeros((5, 2))), "finite"),
+    (lambda f: f(np.zeros((5, 2), int), np.zeros((5, 2))), "floats"),
+    (lambda f: f(np.zeros((5, 2)), np.zeros((5, 2)), np.zeros(2)), "two feature arrays"),
+    (lambda f: f(np.zeros(2), np.eye(2) * 1j, np.zeros(2), np.eye(2)), "real numbers"),
+])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_distance_refuses_what_has_no_distance(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(fid.frechet_distance)
+
+
+# ---------------------------------------------------------------------------------------------------- KID, PRDC
+
+def test_kid_against_the_definition():
+    r = np.random.RandomState(0)
+    x, y = r.standard_normal((7, 3)).astype(np.float32), (r.standard_normal((7, 3)) + 0.5).astype(np.float32)
+    k = lambda p, q: (float(np.dot(p.astype(np.float64), q)) / 3 + 1) ** 3
+    pairs = list(itertools.permutations(range(7), 2))
+    want = sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in pairs) / 42 - 2 * sum(k(p, q) for p in x for q in y) / 49
+    value, error = fid.kernel_distance(x, y)
+    assert value == pytest.approx(want, rel=1e-12)
+    # the delete-one jackknife, by deleting one
+    def without(x, y):
+        nx, ny = len(x), len(y)
+        return sum(k(p, q) for p, q in itertools.permutations(x, 2)) / (nx * (nx - 1)) \
+            + sum(k(p, q) for p, q in itertools.permutations(y, 2)) / (ny * (ny - 1)) - 2 * sum(k(p, q) for p in x for q in y) / (nx * ny)
+    dx = np.array([without(np.delete(x, i, 0), y) for i in range(7)])
+    dy = np.array([without(x, np.delete(y, i, 0)) for i in range(7)])
+    assert error == pytest.approx(np.sqrt(6 / 7 * (((dx - dx.mean()) ** 2).sum() + ((dy - dy.mean()) ** 2).sum())), rel=1e-9)
+
+
+@pytest.mark.parametrize("n1,n2,size,shift,low,high", [(60, 60, 1000, 0.4, 0.85, 1.2), (200, 120, 60, 0.4, 0.8, 1.25), (60, 60, 1000, 0, 0.95, 1.7),
+                                                       (200, 120, 60, 0, 0.8, 1.7)])
+def test_kid_standard_error_is_the_spread_over_new_images(n1, n2, size, shift, low, high):
+    r = np.random.RandomState(5)
+    drawn = [fid.kernel_distance(r.standard_normal((n1, 8)), r.standard_normal((n2, 8)) + shift, subsets=40, subset_size=size, seed=s) for s in range(150)]
+    spread, claimed = np.std([v for v, _ in drawn]), np.sqrt(np.mean([e * e for _, e in drawn]))
+    assert low < claimed / spread < high, (claimed, spread)
+    if shift == 0:                              # unbiased: the mean over draws is 0 within its error
+        assert abs(np.mean([v for v, _ in drawn])) < 4 * spread / np.sqrt(150)
+
+
+def test_kid_is_seeded_and_takes_no_more_rows_than_there_are():
+    r = np.random.RandomState(0)
+    a, b = r.standard_normal((50, 4)), r.standard_normal((30, 4))
+    one = fid.kernel_distance(a, b, subsets=5, seed=1)
+    assert one == fid.kernel_distance(a, b, subsets=5, seed=1) != fid.kernel_distance(a, b, subsets=5, seed=2)
+    with pytest.raises(ValueError, match="at least 3"):
+        fid.kernel_distance(a[:2], b)
+
+
+def brute_prdc(real, fake, k):
+    dist = lambda p, q: np.sqrt(((p[:, None].astype(np.float64) - q[None]) ** 2).sum(2))
+    rr, ff = np.sort(dist(real, real), 1)[:, k], np.sort(dist(fake, fake), 1)[:, k]
+    d = dist(real, fake)
+    inside = d < rr[:, None]
+    return {"precision": inside.any(0).mean(), "recall": (d < ff[None]).any(1).mean(), "density": inside.sum() / (k * len(fake)),
+            "coverage": inside.any(1).mean()}
+
+
+@pytest.mark.parametrize("n1,n2,k", [(40, 30, 5), (6, 40, 5), (2500, 1100, 3)])
+def test_prdc_against_the_definition(n1, n2, k):
+    r = np.random.RandomState(n1)
+    real, fake = (r.standard_normal((n1, 6)) + 30).astype(np.float32), (r.standard_normal((n2, 6)) * 1.2 + 30.2).astype(np.float32)
+    assert fid.prdc(real, fake, k) == pytest.approx(brute_prdc(real, fake, k), abs=1e-12)
+
+
+def test_prdc_of_a_set_with_itself_and_of_far_sets():
+    a = np.random.RandomState(0).standard_normal((1500, 10)).astype(np.float32)
+    same = fid.prdc(a, a)
+    # each image is in its own ball and strictly inside those of others whose k-th neighbour it is not
+    assert same["precision"] == same["recall"] == same["coverage"] == 1 and same["density"] == pytest.approx(1, abs=1e-12)
+    assert fid.prdc(a, a + 1000) == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+    with pytest.raises(ValueError, match="more than 5"):
+        fid.prdc(a[:5], a)
+    with pytest.raises(ValueError, match="k = 0"):
+        fid.prdc(a, a, k=0)
+
+
+# ---------------------------------------------------------------------------------------------------- the network
+
+def test_weights_load_with_and_without_counters(weights, tmp_path):
+    torch.save(random_state(counters=False), tmp_path / "plain.pth")
+    with_counters, without = fid.load_weights(weights), fid.load_weights(tmp_path / "plain.pth")
+    assert len(without) == 94
+    for k in with_counters:
+        assert all(torch.equal(p, q) for p, q in zip(with_counters[k], without[k]))
+
+
+def reference_network(state, x):
+    """The 2015 graph without folding, in float64, layer by layer as the state dict names them."""
+    F = torch.nn.functional
+    x = x.double()
+
+    def conv(name, x, out, kernel, stride, padding):
+        p = {k: state[f"{name}.bn.{k}"].double() for k in ("weight", "bias", "running_mean", "running_var")}
+        y = F.conv2d(x, state[f"{name}.conv.weight"].double(), None, stride, padding)
+        return F.relu(F.batch_norm(y, p["running_mean"], p["running_var"], p["weight"], p["bias"], False, 0.0, 0.001))
+
+    return fid._graph(conv, x, 2048)
+
+
+def test_folded_network_equals_batch_norm_in_float64(weights):
+    x = torch.rand(2, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    want = reference_network(torch.load(weights), x)
+    got = fid.inception(2048, weights, "cpu")(x)
+    np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=2e-5, atol=2e-5)
+
+
+def test_nothing_is_set_globally_and_nothing_drawn(small_model):
+    state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark,
+                     torch.backends.cudnn.allow_tf32, torch.random.get_rng_state().sum().item(), np.random.get_state()[2])
+    before = state()
+    fid.features(pictures(3), model=small_model)
+    fid.features(pictures(3), features="random", device="cpu")
+    fid.kernel_distance(np.random.RandomState(0).standard_normal((9, 3)), np.random.RandomState(1).standard_normal((9, 3)))
+    assert state() == before
+
+
+@pytest.mark.parametrize("kind", ["inception", "random"])
+def test_features_do_not_depend_on_batch_size_workers_or_neighbours(small_model, tmp_path, kind):
+    model = small_model if kind == "inception" else fid.random_networks("cpu")
+    r = np.random.RandomState(0)
+    sizes = [(24, 24)] * 9 + [(31, 17), (24, 24), (8, 60), (1, 1)] + [(40, 40)] * 8
+    files = [tmp_path / f"{i:02d}.png" for i in range(len(sizes))]
+    for f, s in zip(files, sizes):
+        Image.fromarray(r.randint(0, 256, (*s, 3)).astype(np.uint8)).save(f)
+    want = np.concatenate([fid.features([f], model=model, features=kind) for f in files])
+    for batch, workers in ((1, 0), (7, 2), (50, 2), (50, 0)):
+        np.testing.assert_allclose(fid.features(files, model=model, features=kind, batch_size=batch, workers=workers), want, rtol=1e-5, atol=1e-6)
+    back = fid.features(files[::-1], model=model, features=kind, batch_size=7)[::-1]
+    np.testing.assert_allclose(back, want, rtol=1e-5, atol=1e-6)
+    parts = np.concatenate([fid.features(files[i:j], model=model, features=kind) for i, j in ((0, 5), (5, 6), (6, len(files)))])
+    np.testing.assert_allclose(parts, want, rtol=1e-5, atol=1e-6)
+
+
+def test_arrays_in_both_layouts_equal_files(small_model, tmp_path):
+    images = pictures(5)
+    want = fid.features(write(tmp_path / "p", images), model=small_model)
+    chw = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    for x in (images, chw, torch.from_numpy(images), torch.from_numpy(chw), torch.from_numpy(chw).contiguous(memory_format=torch.channels_last)):
+        np.testing.assert_allclose(fid.features(x, model=small_model, batch_size=2), want, rtol=1e-6, atol=1e-6)
+    clean = fid.features(tmp_path / "p", model=small_model, resize="clean")
+    np.testing.assert_allclose(fid.features(torch.from_numpy(chw), model=small_model, resize="clean"), clean, rtol=1e-6, atol=1e-6)
+    assert np.abs(clean - want).max() > 1e-3
+
+
+@pytest.mark.parametrize("images,words", [
+    (np.zeros((2, 3, 8, 3), np.uint8), "cannot be told"), (np.zeros((2, 4, 8, 1), np.uint8), "neither"), (np.zeros((8, 8, 3), np.uint8), "uint8"),
+    (np.zeros((2, 3, 8, 8), np.float32), "0..255"), (torch.zeros(2, 3, 8, 8), "clamp"), (np.zeros((0, 8, 8, 3), np.uint8), "no images"),
+    (np.zeros((2, 3, 0, 8), np.uint8), "no pixels"), ([], "no images")])
+def test_arrays_that_are_no_images_are_refused(small_model, images, words):
+    with pytest.raises(ValueError, match=words):
+        fid.features(images, model=small_model)
+
+
+@pytest.mark.parametrize("settings,words", [({"resize": "none"}, "resize"), ({"batch_size": 0}, "batch_size"), ({"features": "vgg"}, "features"),
+                                            ({"dims": 100}, "dims"), ({"precision": "fp8"}, "precision"), ({"precision": "tf32", "device": "cpu"}, "CUDA"),
+                                            ({"device": "abacus"}, "abacus")])
+def test_settings_that_do_not_exist_are_refused(weights, settings, words):
+    with pytest.raises(ValueError, match=words):
+        fid.features(pictures(2), weights=weights, **settings)
+
+
+def test_clean_resize_is_antialiased_bicubic():
+    image = np.random.RandomState(0).randint(0, 256, (700, 640, 3)).astype(np.uint8)
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].double()
+    want = torch.nn.functional.interpolate(x, size=(299, 299), mode="bicubic", antialias=True)[0].permute(1, 2, 0).clamp(0, 255)
+    np.testing.assert_allclose(fid._clean_resize(image), (want.numpy() - 128) / 128, atol=2e-5)
+
+
+def test_bf16_moves_the_distance_a_little(weights):
+    a, b = pictures(6, 0), pictures(6, 1, shift=40)
+    exact, low = (fid.frechet_distance(*(fid.features(x, weights=weights, dims=192, device="cpu", precision=p) for x in (a, b))) for p in ("fp32", "bf16"))
+    assert 0 < abs(low / exact - 1) < 0.03
+
+
+def test_random_features_order_sets_by_how_far_they_are():
+    model = fid.random_networks("cpu")
+    real = pictures(60, 0, 32)
+    r = np.random.RandomState(1)
+    noisy = lambda s: (pictures(60, 7, 32) + r.normal(0, s, (60, 32, 32, 3))).clip(0, 255).astype(np.uint8)
+    f = fid.features(real, model=model)
+    assert f.shape == (60, model.dims)
+    readings = [fid.random_distance(f, fid.features(noisy(s), features="random", model=model)) for s in (0, 10, 20, 40, 80)]
+    assert readings == sorted(readings) and readings[-1] > 3 * readings[0]
+    assert fid.random_distance(f, f) < 1e-9
+    with pytest.raises(ValueError, match="random"):
+        fid.random_distance(f[:, :64], f[:, :64])
+
+
+def test_random_networks_are_the_same_everywhere():
+    """Their weights come from a frozen stream, not from torch's: a reading stays comparable over machines and versions."""
+    images = np.random.RandomState(0).randint(0, 256, (2, 24, 24, 3)).astype(np.uint8)
+    got = fid.features(images, features="random", device="cpu")
+    np.testing.assert_allclose(got[0, [0, 300, 1000]], [0.0838528, 0.03390956, 0.03507058], rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------- finding the weights
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """No sockets, an empty torch.hub folder, no $FID_WEIGHTS; returns the path where the standard file is looked for."""
+    def refuse(*a, **k):
+        raise OSError("network blocked")
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("FID_WEIGHTS", raising=False)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub/checkpoints" / fid.WEIGHTS_URL.rsplit("/", 1)[1]
+
+
+def test_weights_offline_say_where_they_go(no_network, fails, folders):
+    for words in ([fid.WEIGHTS_URL, no_network, "--weights", "blocked"],):
+        fails(folders / "real", folders / "G1", weigh=False, words=words)
+    with pytest.raises(fid.FidError, match="--weights"):
+        fid.find_weights(download=False)
+    assert not no_network.exists() and not list(no_network.parent.glob("*"))
+
+
+def test_weights_are_looked_for_in_order(no_network, monkeypatch, weights, tmp_path):
+    monkeypatch.setattr(fid, "WEIGHTS_SHA256", fid._digest(weights)[:8])
+    no_network.parent.mkdir(parents=True)
+    no_network.write_bytes(weights.read_bytes())
+    assert fid.find_weights() == no_network
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"x")
+    monkeypatch.setenv("FID_WEIGHTS", str(other))
+    assert fid.find_weights() == other
+    assert fid.find_weights(weights) == weights
+    monkeypatch.setenv("FID_WEIGHTS", str(tmp_path / "gone.pth"))
+    with pytest.raises(fid.FidError, match=r"\$FID_WEIGHTS: no file"):
+        fid.find_weights()
+
+
+def test_weights_are_downloaded_checked_and_renamed(no_network, monkeypatch, weights):
+    url = weights.parent / "served" / no_network.name
+    url.parent.mkdir(exist_ok=True)
+    url.write_bytes(weights.read_bytes())
+    monkeypatch.setattr(fid, "WEIGHTS_URL", url.as_uri())
+    with pytest.raises(fid.FidError, match="cut or another file"):
+        fid.find_weights()
+    assert list(no_network.parent.iterdir()) == []
+    monkeypatch.setattr(fid, "WEIGHTS_SHA256", fid._digest(weights)[:8])
+    assert fid.find_weights() == no_network and no_network.read_bytes() == weights.read_bytes()
+    assert list(no_network.parent.iterdir()) == [no_network]
+
+
+def test_a_cut_standard_file_is_named(no_network):
+    no_network.parent.mkdir(parents=True)
+    no_network.write_bytes(b"half a file")
+    with pytest.raises(fid.FidError, match="delete it"):
+        fid.find_weights()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EVIL"],)
+
+
+@pytest.mark.parametrize("kind,words", [("cut", "cut"), ("text", "no weights file"), ("empty", "no weights file"), ("list", "state dict"),
+                                        ("missing", "Mixed_6c.branch7x7_2.conv.weight missing"), ("extra", "AuxLogits.fc.weight unexpected"),
+                                        ("shape", "fc.weight is not a float tensor"), ("nan", "not finite"), ("evil", "no weights file")])
+def test_wrong_weights_are_refused_in_one_line(fails, folders, weights, tmp_path, monkeypatch, kind, words):
+    path = tmp_path / f"{kind}.pth"
+    monkeypatch.setenv("EVIL", str(tmp_path / "executed"))
+    if kind == "cut":
+        path.write_bytes(weights.read_bytes()[:1 << 20])
+    elif kind in ("text", "empty"):
+        path.write_text("not weights" if kind == "text" else "")
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "evil":
+        torch.save({"fc.weight": Evil()}, path)
+    else:
+        state = random_state()
+        if kind == "missing":
+            del state["Mixed_6c.branch7x7_2.conv.weight"]
+        elif kind == "extra":
+            state["AuxLogits.fc.weight"] = torch.zeros(2)
+        elif kind == "shape":
+            state["fc.weight"] = torch.zeros(1000, 2048)
+        else:
+            state["Conv2d_1a_3x3.bn.bias"][0] = float("nan")
+        torch.save(state, path)
+    fails(folders / "real", folders / "G1", "--weights", path, weigh=False, words=[path, words])
+    assert not (tmp_path / "executed").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- images
+
+@pytest.mark.parametrize("name,mode", [("a.png", "<u2"), ("a.tif", "<u2"), ("b.tif", ">u2"), ("a.pgm", "<u2")])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name, mode):
+    v = np.array([[0, 255, 256, 40000, 65535]], np.uint16)
+    if mode == ">u2":
+        Image.frombytes("I;16B", (5, 1), v.astype(">u2").tobytes()).save(tmp_path / name)
+    else:
+        Image.fromarray(v).save(tmp_path / name)
+    image, deep = fid.read_image(tmp_path / name)
+    assert deep and image.dtype == np.uint8 and image.tolist() == [[[p] * 3 for p in (0, 0, 1, 156, 255)]]
+
+
+def test_pixels_without_an_agreed_range_are_refused(tmp_path):
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "f.tif")
+    Image.fromarray(np.full((2, 2), 70000, np.int32)).save(tmp_path / "i.tif")
+    for name in ("f.tif", "i.tif"):
+        with pytest.raises(fid.FidError, match=f"{name}.*8 or 16 bits"):
+            fid.read_image(tmp_path / name)
+
+
+def test_images_are_found_in_any_spelling_and_below(tmp_path, run, folders):
+    images = pictures(5)
+    mixed = tmp_path / "with space é"
+    for i, (p, name) in enumerate(zip(images, ("b.PNG", "a.JpG", "c.tiff", "d.WebP", ".e.bmp"))):
+        mixed.mkdir(exist_ok=True)
+        Image.fromarray(p).save(mixed / name)
+    (mixed / "notes.txt").write_text("x")
+    (mixed / "png").write_text("a file without a dot")
+    found, below, recursive = fid.find_images(mixed)
+    assert sorted(p.name for p in found) == sorted(["b.PNG", "a.JpG", "c.tiff", "d.WebP", ".e.bmp"]) and not below and not recursive
+    tree = tmp_path / "classes"
+    write(tree / "Crack", images[:3])
+    write(tree / "Crack/deep", images[3:])
+    (tree / "Crack/loop").symlink_to(tree)
+    found, below, recursive = fid.find_images(tree)
+    assert len(found) == 5 and recursive and not below
+    status, _, err = run(tree, mixed)
+    assert status == 0 and f"{tree}: no image directly in it, 5 found in the folders below" in err
+    write(tree, images[:2])
+    found, below, recursive = fid.find_images(tree)
+    assert len(found) == 2 and below == 5 and not recursive
+    assert "the 5 images in the folders below it are not read" in run(tree, mixed)[2]
+
+
+def test_bad_images_are_all_named_or_skipped(tmp_path, run, fails, folders):
+    bad = write(tmp_path / "bad", pictures(10))
+    (bad / "003.png").write_bytes((bad / "003.png").read_bytes()[:200])
+    (bad / "007.png").write_text("text")
+    (bad / "009.jpg").write_bytes(b"")
+    fails(bad, folders / "G1", "--batch-size", "2", words=["003.png", "007.png", "009.jpg", "3 of 11", "--skip-bad"])
+    status, out, err = run(bad, folders / "G1", "--skip-bad", "--json", "--batch-size", "3")
+    assert status == 0 and json.loads(out)["n_real"] == 8 and "3 of 11" in err
+    good = write(tmp_path / "good", pictures(10)[[0, 1, 2, 4, 5, 6, 8, 9]])
+    assert json.loads(run(good, folders / "G1", "--json")[1])["fid"] == pytest.approx(json.loads(out)["fid"], rel=1e-6)
+    with pytest.raises(ValueError, match="003.png.*007.png"):
+        fid.features(bad, features="random", device="cpu")
+    with pytest.warns(UserWarning, match="3 of 11"):
+        assert len(fid.features(bad, features="random", device="cpu", skip_bad=True)) == 8
+    for f in sorted(bad.iterdir())[1:]:
+        f.write_text("x")
+    fails(bad, folders / "G1", "--skip-bad", words=["at least 2"])
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+def test_one_line_per_number(run, folders):
+    status, out, err = run(folders / "real", folders / "G1", "--kid", "--prdc", "--floor")
+    assert status == 0
+    lines = out.splitlines()
+    names = ["FID", "KID", "KID standard error", *(f"{k} (k=5)" for k in ("precision", "recall", "density", "coverage"))]
+    assert [l.split(": ")[0] for l in lines] == names + [f"floor {n}" for n in names]
+    assert all(float(l.split(": ")[1]) is not None for l in lines)
+    assert "FID from 13 images is biased upwards" in err and "images/s" in err and "not the published ones" in err
+
+
+def test_numbers_on_the_command_line_are_those_of_the_library(run, folders, small_model):
+    got = json.loads(run(folders / "real", folders / "G1", folders / "G2", "--kid", "--prdc", "--floor", "--json")[1])
+    f = {k: fid.features(folders / k, model=small_model) for k in ("real", "G1", "G2")}
+    for entry, k in zip(got["fakes"], ("G1", "G2")):
+        assert entry["name"] == k and entry["n_fake"] == len(f[k])
+        assert entry["fid"] == pytest.approx(fid.frechet_distance(f["real"], f[k]), rel=1e-9)
+        assert entry["mean_term"] + entry["trace_term"] == pytest.approx(entry["fid"])
+        assert (entry["kid"], entry["kid_se"]) == pytest.approx(fid.kernel_distance(f["real"], f[k]))
+        assert {k: entry[k] for k in ("precision", "recall", "density", "coverage")} == fid.prdc(f["real"], f[k])
+    assert got["k"] == 5
+    for key in ("fid", "kid", "coverage"):
+        assert got["mean"][key] == pytest.approx(np.mean([e[key] for e in got["fakes"]]))
+    both = np.concatenate([f["G1"], f["G2"]])
+    assert got["union"]["n"] == 25 and got["union"]["fid"] == pytest.approx(fid.frechet_distance(f["real"], both), rel=1e-9)
+    halves = fid.halves(f["real"])
+    assert got["floor"]["n"] == 7 and got["floor"]["fid"] == pytest.approx(fid.frechet_distance(*halves), rel=1e-9)
+    assert not set(map(bytes, halves[0])) & set(map(bytes, halves[1])) and len(halves[0]) == len(halves[1]) == 7
+    status, out, _ = run(folders / "real", folders / "G1", folders / "G2")
+    rows = [l.split() for l in out.splitlines()]
+    assert [r[0] for r in rows[1:]] == ["G1", "G2", "mean", "union"] and float(rows[1][2]) == pytest.approx(got["fakes"][0]["fid"], abs=1e-4)
+
+
+def test_sums_only_give_the_same_number(run, folders, monkeypatch, small_model, tmp_path):
+    """With more than 2 dims images and nothing else asked for, no features are kept."""
+    sets = [pictures(n, n, shift=s) for n, s in ((140, 0), (131, 20))]
+    many = [write(tmp_path / name, x) for name, x in zip(("real", "fake"), sets)]
+    kept = []
+    measure = fid._measure
+    monkeypatch.setattr(fid, "_measure", lambda side, *a: (measure(side, *a), kept.append(side.features is not None)))
+    got = json.loads(run(many[0], many[1], folders / "G1", "--json", "--batch-size", "13")[1])
+    assert kept == [False, False, True]
+    real, fake, few = (fid.features(x, model=small_model) for x in (*sets, folders / "G1"))
+    assert got["fakes"][0]["fid"] == pytest.approx(fid.frechet_distance(real, fake), rel=1e-9)
+    assert got["fakes"][1]["fid"] == pytest.approx(fid.frechet_distance(real, few), rel=1e-9)
+    assert got["union"]["n"] == 144 and got["union"]["fid"] == pytest.approx(fid.frechet_distance(real, np.concatenate([fake, few])), rel=1e-9)
+
+
+def test_random_features_are_never_called_fid(run, folders, no_network):
+    status, out, err = run(folders / "real", folders / "G1", "--features", "random", "--kid", "--prdc", "--floor")
+    assert status == 0 and "rFD: " in out and "FID" not in out
+    assert all(l.startswith(("r", "floor r")) for l in out.splitlines())
+    assert "not comparable with any FID" in err
+    got = json.loads(run(folders / "real", folders / "G1", "--features", "random", "--json")[1])
+    assert "fid" not in got and got["rfd"] > 0 and got["dims"] is None
+    f = [fid.features(folders / k, features="random", device="cpu") for k in ("real", "G1")]
+    assert got["rfd"] == pytest.approx(fid.random_distance(*f), rel=1e-5)
+    write(folders / "large", pictures(6, size=40))
+    assert "differ in size" in run(folders / "real", folders / "large", "--features", "random")[2]
+
+
+def test_floor_alone_and_underscores(run, folders):
+    status, out, _ = run(folders / "real", "--floor", "--batch_size", "3")
+    assert status == 0 and out.startswith("floor FID: ")
+    status, out, _ = run(folders / "real", folders / "G1", "--batch_size=3")
+    assert status == 0 and out.startswith("FID: ")
+
+
+def test_saved_statistics(run, fails, folders, tmp_path, small_model, weights):
+    status, out, err = run("--save", tmp_path / "real", folders / "real")
+    assert status == 0 and out == "" and [p.name for p in tmp_path.iterdir()] == ["real.npz"]
+    with np.load(tmp_path / "real.npz", allow_pickle=False) as f:
+        assert sorted(f.files) == ["dims", "mu", "n", "resize", "sigma", "weights"]
+        assert f["n"] == 14 and f["dims"] == 64 and f["resize"] == "torch" and f["weights"] == fid._digest(weights)
+    before = (tmp_path / "real.npz").read_bytes()
+    fails("--save", tmp_path / "real", folders / "G1", words=["real.npz", "not overwritten"])
+    fails("--save", tmp_path / "real.npz", folders / "G1", words=["real.npz", "not overwritten"])
+    assert (tmp_path / "real.npz").read_bytes() == before
+    want = json.loads(run(folders / "real", folders / "G1", "--json")[1])["fid"]
+    assert json.loads(run(tmp_path / "real.npz", folders / "G1", "--json")[1])["fid"] == pytest.approx(want, rel=1e-7)
+    assert json.loads(run(folders / "G1", tmp_path / "real.npz", "--json")[1])["fid"] == pytest.approx(want, rel=1e-7)
+    run("--save", tmp_path / "g1.npz", folders / "G1")
+    got = json.loads(run(tmp_path / "real.npz", tmp_path / "g1.npz", tmp_path / "real.npz", "--json", weigh=False)[1])
+    assert got["fakes"][0]["fid"] == pytest.approx(want, rel=1e-7) and got["fakes"][1]["fid"] < 1e-6
+    assert got["union"]["n"] == 27
+
+
+def test_statistics_that_do_not_belong_together(run, fails, folders, tmp_path, weights):
+    real, g1 = folders / "real", folders / "G1"
+    run("--save", tmp_path / "a.npz", real)
+    f = fid.load_statistics(tmp_path / "a.npz")
+    put = lambda name, **over: np.savez(tmp_path / name, **{**{k: v for k, v in f.items() if v is not None}, **over}) or tmp_path / f"{name}.npz"
+    clean, other = put("clean", resize="clean"), put("other", weights="ab" * 32)
+    wide = put("wide", mu=np.zeros(192), sigma=np.eye(192))
+    fails(clean, g1, words=["clean.npz", "resize"])
+    fails(clean, tmp_path / "a.npz", weigh=False, words=["resize"])
+    fails(other, g1, words=["other.npz", "weights abababab"])
+    fails(other, tmp_path / "a.npz", weigh=False, words=["weights"])
+    fails(wide, g1, words=["wide.npz", "192 dims"])
+    fails(wide, tmp_path / "a.npz", weigh=False, words=["dims"])
+    assert run(clean, g1, "--resize", "clean")[0] == 0
+    for flag in ("--kid", "--prdc", "--floor"):
+        fails(tmp_path / "a.npz", g1, flag, words=[flag, "a.npz"])
+    fails(tmp_path / "a.npz", g1, "--features", "random", words=["a.npz", "random"])
+    fails("--save", tmp_path / "b.npz", tmp_path / "a.npz", words=["--save", "a.npz"])
+
+
+@pytest.mark.parametrize("kind,words", [("text", "readable"), ("empty", "readable"), ("keys", "mu and sigma"), ("pickle", "readable"), ("shape", "fit together"),
+                                        ("nan", "not finite"), ("skew", "symmetric"), ("cut", "readable"), ("complex", "real numbers"), ("huge", "1 GB"),
+                                        ("text_arrays", "real numbers")])
+def test_bad_statistics_files(fails, tmp_path, monkeypatch, kind, words):
+    path = tmp_path / "bad.npz"
+    monkeypatch.setenv("EVIL", str(tmp_path / "executed"))
+    good = {"mu": np.zeros(4), "sigma": np.eye(4)}
+    if kind in ("text", "empty"):
+        path.write_text("x" if kind == "text" else "")
+    elif kind == "cut":
+        np.savez(path, **good)
+        path.write_bytes(path.read_bytes()[:-30])
+    elif kind == "huge":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, z.open("mu.npy", "w", force_zip64=True) as f:
+            for _ in range(1025):
+                f.write(bytes(1 << 20))
+    else:
+        np.savez(path, **{"keys": {"feats": np.zeros(4)}, "pickle": {**good, "mu": np.array([Evil()], object)}, "shape": {**good, "sigma": np.eye(3)},
+                          "nan": {**good, "mu": np.full(4, np.nan)}, "skew": {**good, "sigma": np.triu(np.ones((4, 4)))},
+                          "complex": {**good, "mu": np.zeros(4, complex)}, "text_arrays": {**good, "mu": np.array(["a"] * 4)}}[kind])
+    np.savez(tmp_path / "good.npz", **good)
+    fails(path, tmp_path / "good.npz", weigh=False, words=["bad.npz", words])
+    assert not (tmp_path / "executed").exists()
+
+
+def test_mistakes_in_the_arguments(fails, folders, tmp_path):
+    real, g1 = folders / "real", folders / "G1"
+    (tmp_path / "empty/sub").mkdir(parents=True)
+    (tmp_path / "empty/readme.txt").write_text("x")
+    one = write(tmp_path / "one", pictures(1))
+    five = write(tmp_path / "five", pictures(5))
+    picture = one / "000.png"
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for argv, words in [
+            ((tmp_path / "none", g1), ["none", "no such"]), ((real, tmp_path / "none"), ["none", "no such"]), ((real, tmp_path / "none.npz"), ["no such"]),
+            ((tmp_path / "dangling", g1), ["dangling"]), ((picture, g1), ["000.png", "neither"]), ((tmp_path / "empty", g1), ["no images", "webp", "1 other"]),
+            ((one, g1), ["at least 2", "000.png"]), ((real, one), ["at least 2"]), ((real,), ["FAKE"]), ((), ["REAL"]),
+            ((real, g1, "--dims", "100"), ["--dims"]), ((real, g1, "--batch-size", "0"), ["--batch-size"]), ((real, g1, "--batch-size", "x"), ["--batch-size"]),
+            ((real, g1, "--workers", "-1"), ["--workers"]), ((real, g1, "--resize", "nearest"), ["--resize"]), ((real, g1, "--nonsense"), ["--nonsense"]),
+            ((real, g1, "--device", "abacus"), ["abacus"]), ((real, g1, "--precision", "tf32"), ["tf32"]), ((real, g1, "--weights", tmp_path / "w"), ["--weights"]),
+            ((real, g1, "--weights", tmp_path), ["--weights"]), ((real, g1, "--features", "random", "--dims", "64"), ["--dims"]),
+            ((real, g1, "--features", "random", "--resize", "clean"), ["--resize"]), ((real, g1, "--save", tmp_path / "s.npz"), ["--save"]),
+            ((real, "--kid"), ["FAKE"]), ((five, g1, "--prdc"), ["five", "--prdc"]), ((real, five, "--prdc"), ["five"]),
+            ((five, g1, "--prdc", "--floor"), ["five"]), ((five, g1, "--kid", "--floor"), ["five"])]:
+        if not any(a in ("--device", "--precision", "--weights") for a in argv):
+            fails(*argv, words=words, weigh="--features" not in argv and "--dims" not in argv)
+        else:
+            fails(*argv, *([] if "--weights" in argv else ["--weights", "random.pth"]), weigh=False,
+                  words=words if "--weights" in argv else ["--weights"])
+    if os.geteuid():
+        (tmp_path / "locked").mkdir(mode=0)
+        fails(tmp_path / "locked", g1, words=["locked", "cannot be read"])
+
+
+def test_devices_that_are_not_there(fails, folders, weights):
+    for argv, words in ((["--device", "abacus"], ["abacus"]), (["--device", "cpu", "--precision", "tf32"], ["CUDA"])):
+        fails(folders / "real", folders / "G1", "--weights", weights, *argv, weigh=False, words=words)
+    if not torch.cuda.is_available():
+        fails(folders / "real", folders / "G1", "--weights", weights, "--device", "cuda", weigh=False, words=["--device cuda"])
+
+
+def test_help_errors_and_npz_do_not_import_torch(root, folders, tmp_path):
+    """A torch that cannot be imported stands first on the path."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4))
+    go = lambda *argv: subprocess.run([sys.executable, root / "fid.py", *map(str, argv)], capture_output=True, text=True,
+                                      env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    p = go("--help")
+    assert p.returncode == 0 and "--prdc" in p.stdout
+    for argv in ((folders / "real", tmp_path / "none"), (folders / "real",), (folders / "real", folders / "G1", "--weights", "none.pth")):
+        p = go(*argv)
+        assert p.returncode == 2 and p.stdout == "" and len(p.stderr.splitlines()) == 1, p.stderr
+    p = go(tmp_path / "s.npz", tmp_path / "s.npz")
+    assert p.returncode == 0 and p.stdout == "FID: 0.0000\n"
+    p = subprocess.run([sys.executable, "-c", "import sys, fid; assert 'torch' not in sys.modules and 'scipy' not in sys.modules"],
+                       cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+
+
+def test_two_ranks_print_what_one_prints(root, folders, weights, tmp_path, run):
+    bad = write(tmp_path / "bad", pictures(9))
+    for i in (2, 6):
+        (bad / f"{i:03d}.png").write_text("x")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    go = lambda *argv: subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+                                       "--master_port", str(port), root / "fid.py", *map(str, argv)], capture_output=True, text=True, timeout=170,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1"})
+    argv = (folders / "real", folders / "G1", folders / "G2", "--kid", "--batch-size", "3", "--json", "--dims", "64", "--weights", weights, "--device", "cpu")
+    p = go(*argv)
+    assert p.returncode == 0, p.stderr
+    two, one = json.loads(p.stdout), json.loads(run(*argv, weigh=False)[1])
+    assert two.pop("seconds") > 0 < one.pop("seconds")
+    assert json.dumps(two) == json.dumps(one)
+    assert p.stderr.count("real: 14/14 images") == 1
+    p = go(bad, folders / "G1", "--batch-size", "2", "--dims", "64", "--weights", weights)
+    ours = [l for l in p.stderr.splitlines() if l.startswith("fid.py: ")]
+    assert p.returncode and p.stdout == "" and len(ours) == 1 and "002.png" in ours[0] and "006.png" in ours[0]
+
+
+def test_memory_is_flat_in_n_where_sums_suffice_and_features_are_held_once(root):
+    code = """if True:
+        import resource, sys
+        import numpy as np, torch, fid
+        torch.set_num_threads(2)
+        class Stub:                             # as wide as the network, without its work
+            kind, size, dims, device = "inception", 16, 2048, torch.device("cpu")
+            def __call__(self, x):
+                return x.flatten(1).repeat(1, 3)[:, :2048].contiguous()
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        image = np.random.RandomState(0).randint(0, 256, (1, 4, 4, 3)).astype(np.uint8)
+        set_of = lambda n: np.broadcast_to(image, (n, 4, 4, 3))
+        fid._extract(set_of(4000), Stub(), batch_size=50, keep=False).moments.result()
+        small = peak()
+        fid._extract(set_of(12000), Stub(), batch_size=50, keep=False).moments.result()
+        large = peak()
+        f = fid._extract(set_of(12000), Stub(), batch_size=50).features
+        fid.statistics(f)
+        print(small, large, peak(), f.nbytes / 2**20)
+    """
+    p = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    small, large, kept, features = map(float, p.stdout.split())
+    assert large - small < 30                    # MB; 8,000 more images would be 66 as features
+    assert kept - large < features + 60
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision,bound", [("fp32", 1e-4), ("tf32", 1e-2), ("bf16", 3e-2)])
+def test_gpu_features_agree_with_the_cpu(weights, precision, bound):
+    images = pictures(20)
+    want = fid.features(images, weights=weights, device="cpu")
+    model = fid.inception(2048, weights, "cuda", precision)
+    before = torch.backends.cudnn.allow_tf32
+    got = fid.features(torch.from_numpy(images).cuda(), model=model, batch_size=8)
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert np.abs(got - want).max() < bound * np.abs(want).max()
+    np.testing.assert_array_equal(np.concatenate([fid.features(images[i:i + 7], model=model, batch_size=8) for i in range(0, 20, 7)]), got)
