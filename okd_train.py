@@ -51,7 +51,7 @@ OWN_LOSS_HPARAMS = dict(lambda_gp=10.0)     # named by the losses below, for scr
 
 # --quick: small images, thin networks, faster rates. At this size a step costs the number of its operations, not their
 # arithmetic, so a larger batch is nearly free. Only keys that the model script has are set.
-QUICK = dict(image_size=32, ch=16, batch_size=16, g_lr=1e-3, d_lr=2e-3, c_lr=5e-4, steps=1500, max_seconds=270,
+QUICK = dict(image_size=32, ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4, steps=1500, max_seconds=270,
              sample_every=150, save_every=300)
 
 EMA = 0.999                     # of the generators; everything that is looked at or scored comes from the average

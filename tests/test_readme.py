@@ -1,0 +1,71 @@
+"""README.md says nothing that does not work: its example GAN, its four lines, its flags, its files."""
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import okd_train
+
+
+@pytest.fixture(scope="module")
+def readme(root):
+    return (root / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def blocks(readme):
+    return re.findall(r"```python\n(.*?)```", readme, re.S)
+
+
+def test_two_commands_stand_at_the_top(readme):
+    top = "\n".join(readme.splitlines()[:35])
+    assert "torchrun okd_train.py --model sagan --groups 3" in top and "requirements.txt && pytest" in top
+
+
+def test_the_own_gan_trains_and_samples(blocks, tmp_path):
+    text = next(b for b in blocks if "# my_gan.py" in b)
+    assert len(text.splitlines()) <= 50
+    (tmp_path / "my_gan.py").write_text(text)
+    command = [sys.executable, okd_train.__file__, "--model", "my_gan.py", "--groups", "2", "--width", "4", "--steps", "3", "--batch-size", "4"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    out = tmp_path / "runs" / "my_gan-2"
+    G = okd_train.load_generator(out / "G1.pt", model=str(tmp_path / "my_gan.py"))
+    assert G(torch.randn(2, 64)).shape == (2, 3, 32, 32)
+    assert okd_train.load_file(out / "G1.pt")["kwargs"] == {"z_dim": 64, "width": 4}
+
+
+def test_the_four_lines_need_only_sagan(blocks, root, tmp_path):
+    text = next(b for b in blocks if "sagan.Generator" in b)
+    assert len(text.splitlines()) == 4
+    okd_train.main(["--groups", "3", "--ch", "4", "--batch-size", "2", "--steps", "1", "--out", str(tmp_path / "runs" / "sagan-3")])
+    (tmp_path / "sagan.py").write_text((root / "sagan.py").read_text())
+    (tmp_path / "four.py").write_text(text + "\nassert images.shape == (16, 3, 64, 64) and images.abs().max() <= 1\n")
+    subprocess.run([sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); exec(open('four.py').read())"],
+                   cwd=tmp_path, check=True, timeout=120)
+
+
+def test_every_flag_exists(readme, root):
+    known = "".join(subprocess.run([sys.executable, root / script, *more, "--help"], capture_output=True, text=True, timeout=120, check=True).stdout
+                    for script, more in (("okd_train.py", []), ("okd_train.py", ["--model", "acgan"]), ("fid.py", []), ("crop_codebrim.py", [])))
+    others = {"--nnodes", "--nproc-per-node", "--standalone", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts", "--node-rank",
+              "--master-addr", "--help", "--width"}                 # torchrun's, and the example's own
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) - others:
+        assert re.search(rf"{flag}\b", known), flag
+
+
+def test_every_named_file_exists(readme, root):
+    for path in re.findall(r"\]\(([\w/.-]+)\)", readme):
+        assert (root / path).is_file(), path
+        if path.endswith(".png"):
+            assert Image.open(root / path).width > 300
+
+
+def test_top_level_holds_only_the_rooms(root):
+    rooms = {"sagan.py", "acgan.py", "okd_train.py", "fid.py", "crop_codebrim.py", "kernels", "tests", "requirements.txt", "README.md", ".ci", ".gitignore"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    assert {line.split("/")[0] for line in tracked.stdout.splitlines()} <= rooms
