@@ -48,9 +48,10 @@ FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP")         # what the suffi
 MAX_XML = 16 * 2 ** 20                                          # bytes; CODEBRIM's largest annotation is about 30 kB
 COLUMNS = ["file", "photo", "box", "x", "y", "side"]            # then one column per flag, then class and split
 
-Photo = collections.namedtuple("Photo", "path name width height boxes taken certain")
+Photo = collections.namedtuple("Photo", "path name width height boxes taken certain names")
 Photo.__doc__ = """A photo with boxes. path: its file; name: its place in the tree ("images/a.jpg"); width, height: stored pixels;
-boxes: usable Boxes; taken: (x0, y0, x1, y1) of everything marked as defect, usable or not; certain: every mark could be read."""
+boxes: usable Boxes; taken: (x0, y0, x1, y1) of everything marked as defect, usable or not; certain: every mark could be read;
+names: all classes that its usable boxes' flags name, set or not."""
 Box = collections.namedtuple("Box", "index x0 y0 x1 y1 flags")
 Box.__doc__ = """Pixels x0 <= x < x1, y0 <= y < y1 of the stored photo. index: place among the XML's <object>s, from 0; flags: sorted class names."""
 Skip = collections.namedtuple("Skip", "what where reason")
@@ -144,16 +145,16 @@ def may_name_folder(name):
 
 
 def read_flags(element):
-    """Sorted class names of an <object>: the children of <Defect> that are 1, else <name>."""
+    """Sorted class names of an <object>, the children of <Defect> that are 1, else <name>; then all names, set or not."""
     defects = element.findall("Defect")
     if len(defects) > 1:
         raise Unusable("<Defect> given twice")
     if not defects:
-        flags = [child(element, "name") or ""]
+        flags = named = [child(element, "name") or ""]
         if flags == [""]:
             raise Unusable("box without a class")
     else:
-        flags = []
+        flags, named = [], [flag.tag for flag in defects[0]]
         for flag in defects[0]:
             value = (flag.text or "").strip()
             if value not in ("0", "1"):
@@ -162,12 +163,12 @@ def read_flags(element):
                 flags.append(flag.tag)
         if not flags:
             raise Unusable("box without any flag set")
-    for name in flags:
+    for name in named:
         if not may_name_folder(name):
             raise Unusable("box whose class cannot name a folder")
     if len(set(flags)) > 1 and BACKGROUND in flags:
         raise Unusable("box that is Background and defect at once")
-    return tuple(sorted(set(flags)))
+    return tuple(sorted(set(flags))), named
 
 
 def key_of(name):
@@ -225,7 +226,7 @@ def _empty(path):
 
 
 def read_annotation(path, name, index):
-    """(photo name, photo path, width, height, boxes, taken, certain, skips) of one XML; raises Unusable."""
+    """(Photo, skips) of one XML; raises Unusable."""
     root = parse_xml(path)
     photo_name, photo_path = index.find(name, path, child(root, "filename"))
     objects = root.findall("object")
@@ -240,7 +241,7 @@ def read_annotation(path, name, index):
     if size is not None and (child(size, "width"), child(size, "height")) != (None, None):
         if [number_or_none(child(size, t)) for t in ("width", "height")] != [width, height]:
             raise Unusable("photo whose size contradicts its annotation", "photo", photo_name)
-    skips, boxes, taken, certain, place = [], [], [], True, {}
+    skips, boxes, taken, certain, names, place = [], [], [], True, set(), {}
     for i, element in enumerate(objects):
         where = f"{name} object {i}"
         try:
@@ -259,7 +260,7 @@ def read_annotation(path, name, index):
             if x1 <= x0 or y1 <= y0:
                 raise Unusable("box outside its photo")
             try:
-                flags = read_flags(element)
+                flags, named = read_flags(element)
             except Unusable:
                 taken.append((x0, y0, x1, y1))
                 raise
@@ -272,9 +273,10 @@ def read_annotation(path, name, index):
                 raise Unusable("box given again (its labels joined to the first)")
             place[x0, y0, x1, y1] = len(boxes)
             boxes.append(Box(i, x0, y0, x1, y1, flags))
+            names.update(named)
         except Unusable as e:
             skips.append(Skip("box", where, str(e)))
-    return photo_name, photo_path, width, height, boxes, taken, certain, skips
+    return Photo(photo_path, photo_name, width, height, tuple(boxes), tuple(taken), certain, tuple(sorted(names))), skips
 
 
 def number_or_none(text):
@@ -300,19 +302,19 @@ def read_annotations(root):
     pictures = [(n, p) for n, p in files if p.suffix.lower() in SUFFIXES]
     if not xmls:
         raise CropError(f"{root}: no .xml files in it; expected annotations/NAME.xml for images/NAME.jpg")
-    index, photos, owner, annotated = PhotoIndex(pictures), [], {}, set()
+    index, photos, owner = PhotoIndex(pictures), [], set()
     for name, path in xmls:
         try:
-            photo_name, photo_path, width, height, boxes, taken, certain, skips = read_annotation(path, name, index)
-            if photo_name in owner:
+            photo, skips = read_annotation(path, name, index)
+            if photo.name in owner:
                 raise Unusable("second annotation of a photo")
-            owner[photo_name] = name
+            owner.add(photo.name)
         except Unusable as e:
             skipped.append(Skip(e.what or "annotation", e.where or name, str(e)))
             continue
         skipped += skips
-        if boxes:
-            photos.append(Photo(photo_path, photo_name, width, height, tuple(boxes), tuple(taken), certain))
+        if photo.boxes:
+            photos.append(photo)
     stems = {key_of(p.stem) for _, p in xmls}
     skipped += [Skip("photo", n, "photo without annotation") for n, p in pictures if n not in owner and key_of(p.stem) not in stems]
     return sorted(photos, key=lambda p: p.name), skipped
@@ -612,7 +614,7 @@ def safe_stems(photos):
 
 def columns(photos):
     """Columns of crops.csv: one for every class in the annotations, and Background."""
-    names = sorted({f for p in photos for b in p.boxes for f in b.flags} | {BACKGROUND})
+    names = sorted({n for p in photos for n in p.names} | {BACKGROUND})
     fixed = {*COLUMNS, "class", "split"}
     return {n: n + "_" if n in fixed else n for n in names}
 
