@@ -33,7 +33,7 @@ M = A K^T + Q B^T, and Z is linear in X and quadratic in P:
                  gQ = gS K + Z B,   gK = gS^T Q + Z^T A
 
 A row needs only its logsumexp, D, m and u from outside its block, so P is recomputed block by block and
-memory stays O(N). Two families: `small` (N <= 64) holds a whole image's P in one program, one launch per
+memory stays O(N). Two families: `small` (N <= 64, see SMALL) holds a whole image's P in one program, one launch per
 derivative; `tiled` (any N) sweeps rows for dQ, gQ, gG and columns for dK, dV, gK, gV. No two programs write
 one address and nothing is summed in an order that varies: equal input gives equal bits.
 
@@ -51,27 +51,34 @@ from torch.autograd import Function
 
 from .reference import attention, attention_blocked
 
-SMALL_N = 64        # up to here a whole N x N tile fits one program's registers; at 128 the double backward spills
-TRITON_FROM_N = 256 # "auto" takes Triton from here on. Not measured yet: to be replaced by what the benchmark shows
-MAX_CQ = 64         # wider queries would need a loop over Cq too
+TRITON_FROM_N = 256     # "auto" takes Triton from here on: a guess, to be replaced by what bench_attention.py measures
+MAX_CQ = 64             # wider queries would need a loop over Cq too
 LOG2E = 1.4426950408889634
 
-# Launch table: kernel -> class of arithmetic -> (rows a program owns, positions per inner step, channels per step, warps, stages).
-# Fixed, not tuned at run time: the same numbers on every run, no stall at the first call, safe while a CUDA graph is
-# captured. tests/test_kernels.py compiles every row for sm_80 and sm_90 and holds it to SHARED_KIB and 256 bytes of spills.
+# Launch tables: kernel -> arithmetic -> (rows a program owns, positions per inner step, channels per step, warps, stages);
+# WIDE replaces a row where Cq > 32. Fixed, not tuned at run time: the same numbers on every run, no stall at the first
+# call, safe under CUDA graph capture. Chosen by compiling for sm_80 and sm_90, and held by tests/test_kernels.py to at
+# most 256 bytes of spills and SHARED_KIB of shared memory; no row has been timed on a GPU yet.
+# "half" is bf16 and fp16. "ieee" has no tensor cores: its products unroll into registers, hence the small blocks.
 TABLE = {
-    "small_forward":         {"tf32": (0, 0, 64, 4, 1), "ieee": (0, 0, 32, 8, 1), "half": (0, 0, 64, 4, 1), "double": (0, 0, 16, 8, 1)},
-    "small_backward":        {"tf32": (0, 0, 32, 8, 1), "ieee": (0, 0, 32, 8, 1), "half": (0, 0, 64, 8, 1), "double": (0, 0, 16, 8, 1)},
-    "small_double_backward": {"tf32": (0, 0, 32, 8, 1), "ieee": (0, 0, 16, 8, 1), "half": (0, 0, 32, 8, 1), "double": (0, 0, 16, 8, 1)},
-    "tiled_forward":         {"tf32": (64, 64, 64, 4, 2), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 128, 4, 2), "double": (32, 32, 32, 4, 1)},
-    "tiled_rows":            {"tf32": (64, 64, 64, 4, 2), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 128, 4, 2), "double": (32, 32, 32, 4, 1)},
-    "tiled_columns":         {"tf32": (64, 64, 64, 4, 2), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 128, 4, 2), "double": (32, 32, 32, 4, 1)},
-    "tiled_double_q":        {"tf32": (64, 32, 64, 4, 1), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 64, 4, 1), "double": (32, 32, 32, 4, 1)},
-    "tiled_double_g":        {"tf32": (64, 64, 64, 4, 1), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 64, 4, 1), "double": (32, 32, 32, 4, 1)},
-    "tiled_double_columns":  {"tf32": (64, 32, 64, 4, 1), "ieee": (32, 32, 64, 4, 1), "half": (64, 64, 64, 4, 1), "double": (32, 32, 32, 4, 1)},
+    "small_forward":         {"tf32": (0, 0, 64, 4, 1), "half": (0, 0, 64, 4, 1), "ieee": (0, 0, 32, 8, 1), "double": (0, 0, 16, 8, 1)},
+    "small_backward":        {"tf32": (0, 0, 32, 8, 1), "half": (0, 0, 64, 8, 1), "ieee": (0, 0, 32, 8, 1), "double": (0, 0, 16, 8, 1)},
+    "small_double_backward": {"tf32": (0, 0, 32, 8, 1), "half": (0, 0, 32, 8, 1), "ieee": (0, 0, 16, 8, 1), "double": (0, 0, 16, 8, 1)},
+    "tiled_forward":         {"tf32": (64, 64, 64, 4, 2), "half": (64, 64, 128, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 4, 1)},
+    "tiled_rows":            {"tf32": (64, 64, 64, 4, 2), "half": (64, 64, 128, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
+    "tiled_columns":         {"tf32": (64, 64, 64, 4, 2), "half": (64, 64, 128, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
+    "tiled_double_q":        {"tf32": (64, 32, 64, 4, 2), "half": (64, 32, 64, 4, 2), "ieee": (32, 16, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
+    "tiled_double_g":        {"tf32": (64, 32, 64, 4, 2), "half": (64, 64, 64, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
+    "tiled_double_columns":  {"tf32": (64, 32, 64, 4, 1), "half": (64, 64, 64, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
 }
-
-SHARED_KIB = {"small": dict(tf32=164, ieee=164, half=164, double=164), "tiled": dict(tf32=164, ieee=164, half=164, double=164)}
+WIDE = {
+    "tiled_double_q":        {"tf32": (32, 32, 32, 8, 1), "half": (32, 32, 64, 8, 1), "ieee": (16, 16, 16, 8, 1), "double": (16, 16, 16, 8, 1)},
+    "tiled_double_g":        {"tf32": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1)},
+    "tiled_double_columns":  {"tf32": (32, 32, 32, 8, 1), "half": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1), "double": (16, 16, 16, 8, 1)},
+}
+SHARED_KIB = 99         # what the smallest chips from Ampere on offer one program
+# Largest N, and largest N x Cq (both as padded powers of two), whose double backward the small family does without spilling.
+SMALL = {"tf32": (64, 2048), "half": (64, 4096), "ieee": (32, 1024), "double": (64, 2048)}
 
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels. They are jitted by _load() at the first launch: importing this file imports no Triton.
@@ -427,7 +434,7 @@ def tiled_double_columns(q, k, v, g, a, b_, e, lse, d, m, u, gk, gv, qb, qc, qn,
     KT = _tile(k, j, N, 1, cq, Cq, N)
     BT = _tile(b_, j, N, 1, cq, Cq, N)
     if tl.program_id(1) == 0:
-        R = tl.zeros((BI, BQ), ACC)
+        gK = tl.zeros((BI, BQ), ACC)
         for i0 in range(0, N, BJ):
             i = i0 + tl.arange(0, BJ)
             Q = _tile(q, cq, Cq, qc, i, N, qn)
@@ -447,11 +454,11 @@ def tiled_double_columns(q, k, v, g, a, b_, e, lse, d, m, u, gk, gv, qb, qc, qn,
             M = _dot(KT, A, PREC, UP) + _dot(BT, Q, PREC, UP) - mi[None, :]
             Z = P * (X - D[None, :])
             gS = Z * M + P * (F - ui[None, :])
-            R += _dot(gS.to(KT.dtype), tl.trans(Q), PREC, UP) + _dot(Z.to(KT.dtype), tl.trans(A), PREC, UP)
-        _put(gk + b * Cq * N, R, j, N, 1, cq, Cq, N)
+            gK += _dot(gS.to(KT.dtype), tl.trans(Q), PREC, UP) + _dot(Z.to(KT.dtype), tl.trans(A), PREC, UP)
+        _put(gk + b * Cq * N, gK, j, N, 1, cq, Cq, N)
     else:
         c = (tl.program_id(1) - 1) * BC + tl.arange(0, BC)
-        R = tl.zeros((BI, BC), ACC)
+        gV = tl.zeros((BI, BC), ACC)
         for i0 in range(0, N, BJ):
             i = i0 + tl.arange(0, BJ)
             Q = _tile(q, cq, Cq, qc, i, N, qn)
@@ -460,8 +467,8 @@ def tiled_double_columns(q, k, v, g, a, b_, e, lse, d, m, u, gk, gv, qb, qc, qn,
             mi = tl.load(m + i, mask=i < N, other=0)
             P = tl.exp2(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :])
             W = P * (_dot(KT, A, PREC, UP) + _dot(BT, Q, PREC, UP) - mi[None, :])
-            R += _dot(W.to(KT.dtype), _tile(g, i, N, gn, c, C, gc), PREC, UP)
-        _put(gv + b * C * N, R, j, N, 1, c, C, N)
+            gV += _dot(W.to(KT.dtype), _tile(g, i, N, gn, c, C, gc), PREC, UP)
+        _put(gv + b * C * N, gV, j, N, 1, c, C, N)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -481,6 +488,11 @@ def _power_of_two(n):
     return max(16, 1 << (n - 1).bit_length())       # 16: tl.dot's least width for bf16
 
 
+def _is_small(Cq, N, arith):
+    n, area = SMALL[arith]
+    return N <= n and _power_of_two(N) * _power_of_two(Cq) <= area
+
+
 def _start(name, grid, args, meta):
     with torch.cuda.device_of(args[0]):
         globals()[name][grid](*args, **meta)
@@ -489,12 +501,12 @@ def _start(name, grid, args, meta):
 def _launch(name, arith, args, B, Cq, C, N):
     """Starts kernel `name` with its row of TABLE. args: its tensors, then strides, without the sizes."""
     _load()
-    rows, step, chunk, warps, stages = TABLE[name][arith]
+    rows, step, chunk, warps, stages = (Cq > 32 and WIDE.get(name, {}).get(arith)) or TABLE[name][arith]
     chunk = min(chunk, _power_of_two(C))
     chunks = -(-C // chunk)
     meta = dict(BQ=_power_of_two(Cq), BC=chunk, PREC="tf32" if arith == "tf32" else "ieee",
                 UP=arith == "half" and bool(triton.knobs.runtime.interpret),
-                ACC=tl.float64 if arith == "double" else tl.float32, num_warps=warps, num_stages=stages)
+                ACC=tl.float64 if arith == "double" else tl.float32, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
     if name.startswith("small"):
         grid = (B,)
         meta.update(BN=_power_of_two(N))
@@ -514,7 +526,7 @@ def _centre(x, arith):
     _load()
     B, Cq, N = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    meta = dict(BN=1024, ACC=tl.float64 if arith == "double" else tl.float32, num_warps=4)
+    meta = dict(BN=1024, ACC=tl.float64 if arith == "double" else tl.float32, num_warps=4, enable_fp_fusion=True)
     _start("tiled_centre", (B, Cq), (x, y, *x.stride(), Cq, N), meta)
     return y
 
@@ -637,16 +649,15 @@ def _have_triton():
     return importlib.util.find_spec("triton") is not None
 
 
-def _refusal(q, arith):
+def _refusal(q):
     """Why the Triton kernels cannot run these inputs; None if they can."""
     if not _have_triton():
         return "the package triton is not installed"
     if q.shape[1] > MAX_CQ:
         return f"Cq = {q.shape[1]} is above {MAX_CQ}"
     if q.is_cuda:
-        need, have = SHARED_KIB["small" if q.shape[2] <= SMALL_N else "tiled"][arith], _shared_kib(q.device)
-        if need > have:
-            return f"it needs a GPU of compute capability 8.0 or newer with {need} KiB of shared memory, and this one offers {have}"
+        if (have := _shared_kib(q.device)) < SHARED_KIB:
+            return f"it needs a GPU of compute capability 8.0 or newer with {SHARED_KIB} KiB of shared memory, and this one offers {have}"
     else:
         import triton
         if not triton.knobs.runtime.interpret:
@@ -679,7 +690,8 @@ def self_attention(q, k, v, *, precision=None, impl="auto"):
             Gradients, and gradients through gradients, of q, k, v and of o's own gradient; a third derivative raises.
           "eager": plain PyTorch with ordinary autograd, O(B N N) memory; any device, any order of derivative.
           "auto": Triton on CUDA from N = 256 on (a guess until it is measured) where the chip has room for its
-            kernels, else eager. Eager too while torch.compile traces.
+            kernels, else eager.
+          While torch.compile traces, every impl is eager.
     precision: of the Triton kernels' products in float32: "ieee" (no tensor cores), "tf32", or None, which follows
           torch.get_float32_matmul_precision(). The other dtypes, and eager (which obeys torch's own setting), ignore it.
           Half-precision inputs are multiplied as they are; sums and softmax are in float32.
@@ -688,12 +700,13 @@ def self_attention(q, k, v, *, precision=None, impl="auto"):
     Not supported by "triton": torch.func transforms, forward-mode derivatives, autocast (inputs are used in their own dtype).
     """
     _check(q, k, v, precision, impl)
-    if impl == "auto":
-        wanted = q.is_cuda and q.shape[2] >= TRITON_FROM_N and not torch.compiler.is_compiling()
-        impl = "triton" if wanted and _refusal(q, _arithmetic(q, precision)) is None else "eager"
-    elif impl == "triton" and (why := _refusal(q, _arithmetic(q, precision))):
-        raise RuntimeError(f"self_attention: impl='triton' cannot run: {why}")
-    if impl == "eager":
-        return attention(q, k, v) if q.is_cuda else attention_blocked(q, k, v)
-    q, k, v = _small_offsets(q), _small_offsets(k), _small_offsets(v)
-    return Attention.apply(q, k, v, q.shape[2] <= SMALL_N, _arithmetic(q, precision))
+    if impl == "auto" and not (q.is_cuda and q.shape[2] >= TRITON_FROM_N) or not v.numel() or torch.compiler.is_compiling():
+        impl = "eager"
+    if impl != "eager":
+        arith = _arithmetic(q, precision)
+        if (why := _refusal(q)) is None:
+            q, k, v = _small_offsets(q), _small_offsets(k), _small_offsets(v)
+            return Attention.apply(q, k, v, _is_small(*q.shape[1:], arith), arith)
+        if impl == "triton":
+            raise RuntimeError(f"self_attention: impl='triton' cannot run: {why}")
+    return attention(q, k, v) if q.is_cuda else attention_blocked(q, k, v)
