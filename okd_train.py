@@ -1,7 +1,8 @@
 """Train N GANs together by online knowledge distillation: a ring of groups (generator, discriminator, connector).
 
     python okd_train.py --model sagan --groups 3 --quick              # a first look in minutes, no GPU, no data needed
-    torchrun okd_train.py --model sagan --groups 3 --data crops/      # the real thing; python okd_train.py ... works too
+    torchrun okd_train.py --model sagan --groups 3 --data crops/      # the real thing, on all GPUs; python okd_train.py ... works too
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 okd_train.py --groups 16 ...    # 2 x 8 GPUs
     python okd_train.py --model my_gan.py --groups 2 --data photos/   # any script with a Generator and a Discriminator
     python okd_train.py --model sagan --groups 3 --data crops/ --resume            # go on, bit for bit
     python okd_train.py --out runs/sagan-3 --sample 1000              # 1000 PNGs per group in runs/sagan-3/fakes/
@@ -18,22 +19,30 @@ Discriminator(x) -> (B,), and optionally losses and a flat dict hparams, whose k
 """
 import argparse
 import contextlib
+import csv
 import ctypes
+import datetime
+import functools
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
+import logging
 import math
 import os
 import signal
+import socket
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn.utils import parametrize
 
@@ -58,7 +67,9 @@ EMA = 0.999                     # of the generators; everything that is looked a
 IMAGE_TYPES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CHUNK = 50                      # images per forward when sampling: fixed, so that an image does not depend on how many are asked for
 FORMAT = "okd-gan 1"            # of checkpoint.pt
-MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "device"}    # on --resume
+MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "device", "nproc"}    # on --resume
+OUTER = "OKD_TRAIN_AGENT"       # which torchrun started us, told to the processes that we start ourselves
+TIMEOUT = datetime.timedelta(minutes=10)    # after which a rank that waits for another gives up
 
 
 class UserError(Exception):
@@ -284,7 +295,7 @@ def load_images(folder, size, conditional, skip_bad, say):
         say(f"{resized} of {len(good)} images were cut to their centre square and resized to {size}x{size}.")
     images = np.stack([d[0] for d, _ in good]) if good else np.zeros((0, 3, size, size), np.uint8)
     labels = np.array([classes.index(c) for _, c in good] if conditional else [0] * len(good), np.int64)
-    return torch.from_numpy(images), torch.from_numpy(labels), classes
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels), classes
 
 
 def synthetic_images(size, conditional):
@@ -322,18 +333,230 @@ class Data:
         return x if flip is None else torch.where(flip < 0.5, x.flip(3), x)
 
 
+# ---------------------------------------------------------------------------------------------- ranks
+class Ranks:
+    """The processes of a run: which groups each serves, and what they tell one another. One process needs none of it.
+
+    W <= N: each rank holds a contiguous block of groups, and only the block's edges send images. W > N: rank r serves group
+    floor(r * N / W) together with the group's other ranks; each takes a share of the batch, sizes differing by one at most.
+    """
+
+    def __init__(self, n_groups, batch_size, device):
+        env = lambda name, default: int(os.environ.get(name, default))
+        self.rank, self.world = env("RANK", 0), env("WORLD_SIZE", 1)
+        self.local_rank, self.local_world = env("LOCAL_RANK", 0), env("LOCAL_WORLD_SIZE", self.world)
+        N, W = n_groups, self.world
+        self.n_groups, self.batch_size, self.device, self.sent = N, batch_size, device, 0
+        self.owners = {i: [(i - 1) * W // N] if W <= N else [r for r in range(W) if r * N // W == i - 1] for i in range(1, N + 1)}
+        self.mine = [i for i, ranks in self.owners.items() if self.rank in ranks]
+        most = max(len(r) for r in self.owners.values())
+        if most > batch_size:
+            raise UserError(f"{W} processes for {N} groups: {most} would share a batch of {batch_size}; use fewer, or a larger --batch-size")
+        self.low, self.high = self.rows(self.mine[0], self.rank)
+        self.replicas = len(self.owners[self.mine[0]])
+        self.part = self.owners[self.mine[0]].index(self.rank)      # which share of the batch
+        self.share = (self.high - self.low) / batch_size
+        self.peers = self.node = None
+        if W == 1:
+            return
+        nccl = device.type == "cuda" and self.local_world <= torch.cuda.device_count()
+        self.staged = device.type == "cuda" and not nccl            # two ranks on one GPU: NCCL refuses, images go by the CPU
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        self.store = dist.PrefixStore(self.attempt(store), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=self.store, rank=rank, world_size=world, timeout=TIMEOUT)
+        for ranks in self.owners.values():                          # every rank must take part in making every process group
+            made = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) > 1 else None
+            if self.rank in ranks:
+                self.peers = made
+        firsts = self.everyone(self.rank - self.local_rank)
+        for first in sorted(set(firsts)):
+            members = [r for r in range(W) if firsts[r] == first]
+            made = dist.new_group(members, timeout=TIMEOUT, backend="gloo")
+            if self.rank in members:
+                self.node = made
+        self.edges = [(src, dst, i, max(a[0], b[0]), min(a[1], b[1]))
+                      for i in self.owners for dst in self.owners[i] for src in self.owners[i % N + 1]
+                      for a, b in [(self.rows(i, dst), self.rows(i % N + 1, src))] if max(a[0], b[0]) < min(a[1], b[1])]
+
+    def attempt(self, store):
+        """A name that all ranks of this start share and no earlier start had.
+
+        torchrun keeps one store over its restarts, so addresses of dead ranks stand in it. Each rank asks with a token of
+        its own; rank 0 answers whatever is asked, stale or fresh, until every rank has thanked it under the new name.
+        """
+        token, end = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
+        if self.rank:
+            store.set(f"okd/ask/{self.rank}", token)
+            name = store.get(f"okd/answer/{token}").decode()
+            store.set(f"okd/thanks/{name}/{self.rank}", "1")
+            return name
+        waiting = set(range(1, self.world))
+        while waiting:
+            for r in list(waiting):
+                if store.check([f"okd/thanks/{token}/{r}"]):
+                    waiting.remove(r)
+                elif store.check([f"okd/ask/{r}"]):
+                    store.set(f"okd/answer/{store.get(f'okd/ask/{r}').decode()}", token)
+            if time.monotonic() > end:
+                raise UserError(f"rank {', '.join(map(str, sorted(waiting)))} did not start within {span(TIMEOUT.total_seconds())}")
+            time.sleep(0.005)
+        return token
+
+    def rows(self, i, rank):
+        """The rows [low, high) of group i's batch that `rank` works on."""
+        ranks, B = self.owners[i], self.batch_size
+        k = ranks.index(rank)
+        return k * B // len(ranks), (k + 1) * B // len(ranks)
+
+    def exchange(self, images):
+        """images {i: this rank's rows of group i's fakes} -> a function that returns {i: the same rows of the next group's}.
+
+        Sends and receives run on until that function is called.
+        """
+        N = self.n_groups
+        if self.world == 1:
+            return lambda: {i: images[i % N + 1] for i in images}
+        pieces, works, ops = {i: [] for i in images}, [], []
+        for src, to, i, a, b in self.edges:
+            if self.rank == src:
+                low = self.rows(i % N + 1, src)[0]
+                piece = images[i % N + 1][a - low:b - low].contiguous()
+            if src == to == self.rank:
+                pieces[i].append(piece)
+            elif self.rank == src:
+                piece = piece.cpu() if self.staged else piece
+                ops.append(dist.P2POp(dist.isend, piece, to))
+                self.sent += piece.nbytes
+            elif self.rank == to:
+                like = images[i]
+                piece = torch.empty(b - a, *like.shape[1:], dtype=like.dtype, device="cpu" if self.staged else like.device)
+                ops.append(dist.P2POp(dist.irecv, piece, src))
+                pieces[i].append(piece)
+        works = dist.batch_isend_irecv(ops) if ops else []
+
+        def finish():
+            for w in works:
+                w.wait()
+            return {i: torch.cat([p.to(self.device) for p in ps]) if len(ps) > 1 else ps[0].to(self.device) for i, ps in pieces.items()}
+        return finish
+
+    def sum_gradients(self, params):
+        """Add the gradients of a group's ranks up, in one flat all-reduce."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat, group=self.peers)
+        for p, g in zip(params, flat.split([p.numel() for p in params])):
+            p.grad = g.view_as(p)
+
+    def agree(self, *numbers):
+        """The largest of each number over all ranks."""
+        if self.world == 1:
+            return numbers
+        t = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+        return t.tolist()
+
+    def collect(self, mine):
+        """{key: value} of every rank -> all of them in one dict on rank 0, None elsewhere."""
+        if self.world == 1:
+            return mine
+        parts = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(mine, parts, dst=0)
+        return {k: v for part in reversed(parts) for k, v in part.items()} if parts else None
+
+    def everyone(self, value):
+        """[value of rank 0, value of rank 1, ...] on every rank."""
+        if self.world == 1:
+            return [value]
+        out = [None] * self.world
+        dist.all_gather_object(out, value)
+        return out
+
+    def hand_out(self, whole):
+        """One object per rank, given on rank 0 as a list -> this rank's."""
+        if self.world == 1:
+            return whole[0]
+        out = [None]
+        dist.scatter_object_list(out, whole if self.rank == 0 else None, src=0)
+        return out[0]
+
+    @contextlib.contextmanager
+    def together(self):
+        """If the body raises UserError on any rank, every rank raises the first one's."""
+        error = None
+        try:
+            yield
+        except UserError as e:
+            error = e
+        errors = self.everyone(error and str(error))
+        for r, text in enumerate(errors):
+            if text is not None:
+                raise UserError(text if r == 0 else f"rank {r}: {text}")
+
+    def compare(self, **what):
+        """Refuse a rank that was started with something else: {name: value}, equal on all ranks or an error that names both."""
+        seen = self.everyone(what)
+        for r, other in enumerate(seen):
+            wrong = [k for k in what if other[k] != seen[0][k]]
+            if wrong:
+                raise UserError(f"rank {r} was started with other {' and other '.join(wrong)} than rank 0: "
+                                + "; ".join(f"{k}: {seen[0][k]} against {other[k]}" for k in wrong))
+
+    def close(self):
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class SumOver(torch.autograd.Function):
+    """Sum of a tensor over the ranks of a process group; differentiable as often as you like."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SumOver.apply(grad, ctx.group), None
+
+
+def whole_batch_norm(m, group, x):
+    """The forward of a BatchNorm module `m` whose batch is spread over the ranks of `group` (SyncBatchNorm refuses the CPU)."""
+    if not m.training:
+        return torch.nn.functional.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps)
+    dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+    count = torch.full((1,), x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
+    total = SumOver.apply(torch.cat([x.sum(dims), count]), group)
+    n, mean = total[-1].detach(), total[:-1] / total[-1].detach()
+    centred = x - mean.view(shape)
+    var = SumOver.apply(centred.square().sum(dims), group) / n
+    if m.track_running_stats:
+        with torch.no_grad():
+            m.num_batches_tracked += 1
+            rate = 1 / m.num_batches_tracked if m.momentum is None else m.momentum
+            m.running_mean.lerp_(mean, rate)
+            m.running_var.lerp_(var * n / (n - 1), rate)
+    y = centred * (var + m.eps).rsqrt().view(shape)
+    return y if m.weight is None else y * m.weight.view(shape) + m.bias.view(shape)
+
+
 # ---------------------------------------------------------------------------------------------- groups and their step
 class Network:
     """A network with its optimiser, and what must be held still while only its input gradient is wanted."""
 
-    def __init__(self, net, lr, s):
-        self.net = net
+    def __init__(self, net, lr, s, ranks=None):
+        self.net, self.ranks = net, ranks if ranks and ranks.replicas > 1 else None
         self.params = [p for p in net.parameters() if p.requires_grad]
         self.opt = torch.optim.Adam(self.params, lr=lr, betas=(s.beta1, s.beta2), fused=True)
         inside = [m for m in net.modules() if isinstance(m, parametrize.ParametrizationList)]
         self.parametrizations = [m for p in inside for m in p]
         self.norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
         handled = {id(b) for m in self.parametrizations + self.norms for b in m.buffers()}
+        if self.ranks:
+            for m in self.norms:
+                m.forward = functools.partial(whole_batch_norm, m, ranks.peers)
         self.others = [b for b in net.buffers() if id(b) not in handled] + [p for p in net.parameters() if not p.requires_grad]
 
     @contextlib.contextmanager
@@ -369,7 +592,9 @@ class Network:
         with parametrize.cached():
             out = loss()
             value, logs = out if isinstance(out, tuple) else (out, {})
-            value.backward()
+            (value * self.ranks.share if self.ranks else value).backward()
+        if self.ranks:                                              # means over shares add up to the mean over the batch
+            self.ranks.sum_gradients(self.params)
         self.opt.step()
         return value.detach(), logs
 
@@ -377,7 +602,7 @@ class Network:
 class Group:
     """Generator, discriminator and connector number i (from 1) with their optimisers, and the generator's average."""
 
-    def __init__(self, i, script, s, device):
+    def __init__(self, i, script, s, device, ranks):
         self.i = i
         self.nets = {}
         for role, cls, lr in (("G", script.Generator, s.g_lr), ("D", script.Discriminator, s.d_lr), ("C", script.Discriminator, s.c_lr)):
@@ -388,7 +613,7 @@ class Group:
                 net = cls(**bind(cls, vars(s))).to(device).train()
             if not any(p.requires_grad for p in net.parameters()):
                 raise UserError(f"{script.path}: {cls.__name__} has no trainable parameter")
-            self.nets[role] = Network(net, lr, s)
+            self.nets[role] = Network(net, lr, s, ranks)
         seed_torch(s.seed, 0, i, "init G")
         self.ema = script.Generator(**bind(script.Generator, vars(s))).to(device).eval().requires_grad_(False)
         self.ema.load_state_dict(self.nets["G"].net.state_dict())
@@ -410,17 +635,18 @@ class Group:
 
 
 class Trainer:
-    """All groups and the one training step."""
+    """The groups of this process and the one training step."""
 
-    def __init__(self, script, s, data, device):
+    def __init__(self, script, s, data, device, ranks=None):
         self.script, self.s, self.data, self.device = script, s, data, device
+        self.ranks = ranks or Ranks(s.groups, s.batch_size, device)
         self.conditional = script.conditional
         self.names = {}
         for role, f in (("D", script.discriminator_loss), ("C", script.connector_loss), ("G", script.generator_loss)):
             self.names[role] = bind(f, vars(s))
         self.takes_eps = {role: "eps" in inspect.signature(f).parameters
                           for role, f in (("D", script.discriminator_loss), ("C", script.connector_loss))}
-        self.groups = [Group(i, script, s, device) for i in range(1, s.groups + 1)]
+        self.groups = [Group(i, script, s, device, self.ranks) for i in self.ranks.mine]
         self.step_count = 0
 
     def inputs(self, step):
@@ -441,11 +667,16 @@ class Trainer:
                 for role in ("D", "C"):
                     if role in g.nets and self.takes_eps[role]:
                         d[role, g.i] = draw(s.seed, number, g.i, f"eps {role}", "uniform", (s.batch_size, 1, 1, 1))
-            plan.append(d)
+            r = self.ranks
+            plan.append(d if r.replicas == 1 else {k: v[r.low:r.high] for k, v in d.items()})
         return to_device(plan, self.device)
 
+    def seed(self, number, g, purpose):
+        """Each rank of a group seeds a stream of its own for what a script draws by itself."""
+        seed_torch(self.s.seed, number, g.i, f"call {purpose}" + (f" part {self.ranks.part}" if self.ranks.part else ""))
+
     def generate(self, g, d, number):
-        seed_torch(self.s.seed, number, g.i, "call G")
+        self.seed(number, g, "G")
         return g.nets["G"].net(d["z"], d["y"]) if self.conditional else g.nets["G"].net(d["z"])
 
     def critic_step(self, g, role, d, number, real, fake, y_real):
@@ -455,7 +686,7 @@ class Trainer:
         if self.takes_eps[role]:
             extra["eps"] = d[role, g.i]
         labels = (y_real, d["y"]) if self.conditional else ()
-        seed_torch(self.s.seed, number, g.i, f"call {role}")
+        self.seed(number, g, role)
         n = g.nets[role]
         return n.step(lambda: f(n.net, real, fake, *labels, **extra))
 
@@ -467,7 +698,7 @@ class Trainer:
             total = 0
             for role, weight in (("D", 1), ("C", self.s.rho)):
                 if role in g.nets and weight:
-                    seed_torch(self.s.seed, number, g.i, f"call G {role}")
+                    self.seed(number, g, f"G {role}")
                     out = self.script.generator_loss(g.nets[role].net, fake, *labels, **self.names["G"])
                     value, logs = out if isinstance(out, tuple) else (out, {})
                     total = value if role == "D" else total + weight * value
@@ -493,13 +724,16 @@ class Trainer:
                 with contextlib.nullcontext() if last else g.nets["G"].frozen(), torch.set_grad_enabled(last):
                     fakes[g.i] = self.generate(g, d, number)
             images = {i: x.detach() for i, x in fakes.items()}
-            for g in self.groups:
+            neighbours = self.ranks.exchange(images) if s.groups > 1 else None
+            for g in self.groups:                                   # the images of other ranks travel meanwhile
                 idx = d["idx", g.i]
                 real = self.data.batch(idx, d.get(("flip", g.i)))
                 y_real = self.data.labels[idx] if self.conditional else None
                 out[g.i]["d"] = self.critic_step(g, "D", d, number, real, images[g.i], y_real)
+            neighbours = neighbours() if neighbours else {}
+            for g in self.groups:
                 if "C" in g.nets:
-                    out[g.i]["c"] = self.critic_step(g, "C", d, number, images[g.i % s.groups + 1], images[g.i], d.get("y"))
+                    out[g.i]["c"] = self.critic_step(g, "C", d, number, neighbours[g.i], images[g.i], d.get("y"))
                 if last:
                     out[g.i]["g"] = self.generator_step(g, d, number, fakes.pop(g.i))
                     g.average(t)
@@ -507,26 +741,37 @@ class Trainer:
         return out
 
     def first_bad(self, out):
-        """'discriminator of group 2' for the first loss that is not finite, else None."""
+        """A number above 0 that names group and network of the first loss that is not finite, else 0; name_bad reads it."""
         for i, losses in out.items():
-            for role, (value, _) in losses.items():
-                if not math.isfinite(value.item()):
-                    return f"{dict(d='discriminator', c='connector', g='generator')[role]} of group {i}"
+            for k, role in enumerate("dcg"):
+                if role in losses and not math.isfinite(losses[role][0].item()):
+                    return 3 * i + k
+        return 0
 
     # ------------------------------------------------------------------------------------------ state
-    def state(self):
-        """All that moves, as plain tensors and dicts."""
-        return {"format": FORMAT, "step": self.step_count, "groups": [
-            {"ema": g.ema.state_dict(), **{role: {"net": n.net.state_dict(), "opt": n.opt.state_dict()["state"]}
-                                           for role, n in g.nets.items()}} for g in self.groups]}
+    def states(self):
+        """{i: all that moves in group i} of this rank's groups, as plain tensors and dicts."""
+        return {g.i: {"ema": g.ema.state_dict(), **{role: {"net": n.net.state_dict(), "opt": n.opt.state_dict()["state"]}
+                                                    for role, n in g.nets.items()}} for g in self.groups}
 
-    def load_state(self, state):
-        for g, saved in zip(self.groups, state["groups"], strict=True):
+    def state(self):
+        """The content of checkpoint.pt, on rank 0; None elsewhere."""
+        groups = self.ranks.collect(self.states())
+        return groups and {"format": FORMAT, "step": self.step_count, "groups": [groups[i] for i in sorted(groups)]}
+
+    def load_state(self, states, step):
+        """states {i: group state} as states() gives them."""
+        for g in self.groups:
+            saved = states[g.i]
             g.ema.load_state_dict(saved["ema"])
             for role, n in g.nets.items():
                 n.net.load_state_dict(saved[role]["net"])
                 n.opt.load_state_dict({"state": saved[role]["opt"], "param_groups": n.opt.state_dict()["param_groups"]})
-        self.step_count = state["step"]
+        self.step_count = step
+
+
+def name_bad(number):
+    return f"{('discriminator', 'connector', 'generator')[number % 3]} of group {number // 3}"
 
 
 def to_device(plan, device):
@@ -618,7 +863,10 @@ def sample_grid(trainer, path):
     z = draw(s.seed, 0, 0, "grid", "normal", (columns if trainer.conditional else columns * rows, s.z_dim))
     y = torch.arange(rows).repeat_interleave(columns) if trainer.conditional else None
     z = z.repeat(rows, 1) if trainer.conditional else z
-    blocks = [(f"G{g.i}", generate(g.ema, z, y)) for g in trainer.groups]
+    images = trainer.ranks.collect({g.i: generate(g.ema, z, y) for g in trainer.groups})
+    if images is None:
+        return
+    blocks = [(f"G{i}", images[i]) for i in sorted(images)]
     save_image(grid(split_rows(blocks, trainer.data.classes, columns), columns), path)
 
 
@@ -685,19 +933,18 @@ def save_json(obj, path):
 
 
 def save_checkpoint(trainer, out):
-    """checkpoint.pt, and the averaged generators as G1.pt, G2.pt, ..."""
+    """checkpoint.pt, and the averaged generators as G1.pt, G2.pt, ...; rank 0 writes what all ranks send."""
+    state = trainer.state()
+    if state is None:
+        return
     with replacing(out / "checkpoint.pt") as f:
-        torch.save(trainer.state(), f)
-    script = trainer.script
-    for g in trainer.groups:
-        with replacing(out / f"G{g.i}.pt") as f:
-            torch.save({"model": script.name if Path(find_beside(script.name)) == script.path else str(script.path),
-                        "kwargs": bind(script.Generator, vars(trainer.s)), "state_dict": g.ema.state_dict(),
-                        "step": trainer.step_count, "classes": trainer.data.classes, "z_dim": trainer.s.z_dim}, f)
-
-
-def find_beside(name):
-    return Path(__file__).resolve().parent / f"{name}.py"
+        torch.save(state, f)
+    script, s = trainer.script, trainer.s
+    beside = Path(__file__).resolve().parent / script.path.name
+    for i, group in enumerate(state["groups"], 1):
+        with replacing(out / f"G{i}.pt") as f:
+            torch.save({"model": script.name if beside == script.path else str(script.path), "kwargs": bind(script.Generator, vars(s)),
+                        "state_dict": group["ema"], "step": state["step"], "classes": trainer.data.classes, "z_dim": s.z_dim}, f)
 
 
 def load_file(path):
@@ -726,14 +973,14 @@ def load_generator(path, device="cpu", model=None):
     return G.eval().requires_grad_(False).to(device)
 
 
-def load_checkpoint(trainer, path):
+def read_checkpoint(path, n_groups):
+    """checkpoint.pt -> its dict; UserError if it is not one or not of so many groups."""
     state = load_file(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not {"step", "groups"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of okd_train.py ({FORMAT})")
-    try:
-        trainer.load_state(state)
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} does not fit these networks: {' '.join(str(e).split())[:200]}") from e
+    if len(state["groups"]) != n_groups:
+        raise UserError(f"{path} holds {len(state['groups'])} groups, not {n_groups}")
+    return state
 
 
 def cut_log(path, step, log_every):
@@ -768,6 +1015,7 @@ def trainer_flags(p):
     p.add_argument("--quick", action="store_true", help="a first look within five minutes on two cores: small images, thin networks, own rates")
     p.add_argument("--seed", type=int, default=0, help="all chance of a run comes from it (default 0)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    p.add_argument("--nproc", type=int, metavar="K", help="processes to start (default: one per GPU, at most one per group; 1 forbids)")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror real images at random (default no)")
     p.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and say how many")
     p.add_argument("--log-every", type=int, default=10, metavar="K", help="steps between lines of log.jsonl (default 10)")
@@ -853,7 +1101,7 @@ def settle(s, script, named):
     if "steps" in named and "epochs" in named:
         raise UserError("--steps and --epochs both say how long; give one")
     for key, low in dict(groups=1, steps=1, batch_size=1, n_critic=1, image_size=4, z_dim=1, log_every=1, sample_every=1, save_every=1,
-                         rho=0, g_lr=0, d_lr=0, c_lr=0, seed=0, n_classes=1, sample=1).items():
+                         rho=0, g_lr=0, d_lr=0, c_lr=0, seed=0, n_classes=1, sample=1, nproc=1).items():
         value = getattr(s, key, None)
         if value is not None and not (value >= low and math.isfinite(value)):
             raise UserError(f"--{key.replace('_', '-')} is {value}; it must be {low} or more")
@@ -871,6 +1119,10 @@ def pick_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            if device.index is None:                                # the second machine's rank 8 has local rank 0
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
         return device
     except Exception as e:
@@ -889,15 +1141,15 @@ def span(seconds):
 class Progress:
     """One line that is rewritten in place on a terminal; elsewhere a line every ten seconds."""
 
-    def __init__(self, total):
-        self.total, self.tty = total, sys.stdout.isatty()
+    def __init__(self, total, quiet=False):
+        self.total, self.tty, self.quiet = total, sys.stdout.isatty(), quiet
         self.last, self.open = 0.0, False
         self.marks = []                                             # (time, step) of the last 30 s
 
     def __call__(self, step, s, out):
         now = time.monotonic()
         self.marks = [m for m in self.marks if m[0] > now - 30][-200:] + [(now, step)]
-        if now - self.last < (0.2 if self.tty else 10):
+        if self.quiet or now - self.last < (0.2 if self.tty else 10):
             return
         self.last = now
         (t0, s0), (t1, s1) = self.marks[0], self.marks[-1]
@@ -910,73 +1162,103 @@ class Progress:
         self.open = self.tty
 
     def say(self, text):
-        print(("\n" if self.open else "") + text, flush=True)
+        if not self.quiet:
+            print(("\n" if self.open else "") + text, flush=True)
         self.open = False
 
 
 class Stop:
-    """SIGTERM and Ctrl-C finish the step; a second one ends at once."""
+    """SIGTERM and Ctrl-C finish the step. A second one ends a lone process at once; a launcher repeats its signals, so there it does not."""
 
     def __init__(self):
-        self.signal = None
+        self.signal = 0
 
     def __enter__(self):
         self.old = {k: signal.signal(k, self) for k in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __call__(self, number, frame):
-        self.signal = number
-        for k, old in self.old.items():
-            signal.signal(k, old)
+        self.signal = self.signal or int(number)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self.__exit__()
 
     def __exit__(self, *exc):
         for k, old in self.old.items():
             signal.signal(k, old)
 
 
-def log_line(trainer, out, seconds, rate):
-    """One JSON object of log.jsonl."""
-    groups = []
+def write_log(trainer, losses, out, seconds, rate):
+    """Append one JSON object to log.jsonl; what a group's ranks saw of a batch is averaged by their shares."""
+    ranks, mine = trainer.ranks, {}
     for g in trainer.groups:
         row = {}
-        for role, (value, logs) in out[g.i].items():
+        for role, (value, logs) in losses[g.i].items():
             row[f"{role}_loss"] = value.item()
             row.update({f"{role}_{k}": float(v) for k, v in logs.items()})
         row["gamma"] = {role: [v.item() for v in values] for role, values in g.gammas().items()}
-        groups.append(row)
-    return {"step": trainer.step_count, "seconds": round(seconds, 3), "images_per_second": round(rate, 2), "groups": groups}
+        mine[g.i, ranks.part] = (ranks.share, row)
+    rows = ranks.collect(mine)
+    if rows is None:
+        return
+    groups = []
+    for i in range(1, ranks.n_groups + 1):
+        parts = [rows[i, k] for k in range(len(ranks.owners[i]))]
+        groups.append({k: v if k == "gamma" else sum(share * row[k] for share, row in parts) if len(parts) > 1 else v
+                       for k, v in parts[0][1].items()})
+    line = {"step": trainer.step_count, "seconds": round(seconds, 3), "images_per_second": round(rate, 2), "groups": groups}
+    with writing(out / "log.jsonl"), open(out / "log.jsonl", "ab") as f:
+        f.write(json.dumps(line).encode() + b"\n")
 
 
-def open_run(s, trainer, out):
-    """Make the run folder, or load the checkpoint of the one that is there. Nothing that is there is overwritten."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    checkpoint = out / "checkpoint.pt"
+def open_run(s, data, out, agents):
+    """Make the run folder, or read the checkpoint of the one that is there (None if it is new). Rank 0 only.
+
+    Nothing that is there is overwritten.
+    """
+    checkpoint = out / "checkpoint.pt"                               # a run that our own torchrun began: it has restarted us
+    restarted = (out / "args.json").exists() and not {a for a in agents if a}.isdisjoint(read_args(out).get("agents", []))
     if s.resume or (restarted and checkpoint.exists()):
         if not checkpoint.exists():
             raise UserError(f"--resume: no checkpoint in {out}")
         saved = read_args(out)
-        if saved["data_digest"] != trainer.data.digest:
-            raise UserError(f"--resume: the {len(trainer.data.images)} images of {s.data or 'the synthetic set'} are not those "
+        if saved["data_digest"] != data.digest:
+            raise UserError(f"--resume: the {len(data.images)} images of {s.data or 'the synthetic set'} are not those "
                             f"that {out} was trained on ({saved['images']} images); restore them, or start another run with --out")
-        load_checkpoint(trainer, checkpoint)
-        if trainer.step_count < s.steps:
-            cut_log(out / "log.jsonl", trainer.step_count, saved["log_every"])
-    elif not restarted and any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl")):
+        return read_checkpoint(checkpoint, s.groups)
+    if not restarted and any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl")):
         hint = "go on with --resume" if checkpoint.exists() else "it has no checkpoint yet: delete it"
         raise UserError(f"{out} already holds a run: {hint}, or name another folder with --out")
-    else:
-        with writing(out):
-            (out / "samples").mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def agent():
+    """Which torchrun this process was started by, the same over its restarts; "" without one."""
+    if OUTER in os.environ:
+        return os.environ[OUTER]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} on {socket.gethostname()}, process {os.getppid()}"
+
+
+def begin_run(s, script, trainer, out, agents):
+    """Write what stands at the beginning of a run, or of its continuation. Rank 0 only."""
+    with writing(out):
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        if trainer.step_count:
+            cut_log(out / "log.jsonl", trainer.step_count, read_args(out)["log_every"])
+        else:
             (out / "log.jsonl").write_bytes(b"")
+    save_args(s, script, trainer.data, out, agents)
+    real_grid(trainer, out / "samples" / "real.png")
 
 
-def save_args(s, script, data, out):
+def save_args(s, script, data, out, agents):
     """args.json: every setting, and what they were used on."""
-    settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "out", "model")}
+    settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "out", "model", "nproc")}
     save_json({"model": s.model, "script": str(script.path), "classes": data.classes, "images": len(data.images), "data_digest": data.digest,
                "script_digest": hashlib.blake2b(script.path.read_bytes(), digest_size=16).hexdigest(),
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-               "git": git_revision(), "settings": settings}, out / "args.json")
+               "git": git_revision(), "agents": agents, "settings": settings}, out / "args.json")
 
 
 def git_revision():
@@ -992,42 +1274,51 @@ def git_revision():
 def train(s, script, named, changed):
     keep_freed_memory()
     device = pick_device(s.device)
-    say = lambda text: print(text, flush=True)
+    ranks = Ranks(s.groups, s.batch_size, device)
+    say = (lambda text: print(text, flush=True)) if ranks.rank == 0 else (lambda text: None)
     out = Path(s.out)
-    if s.data:
-        images, labels, classes = load_images(s.data, s.image_size, script.conditional, s.skip_bad, say)
-    else:
-        images, labels, classes = synthetic_images(s.image_size, script.conditional)
-    if script.conditional:
-        if "n_classes" in named and s.n_classes != len(classes):
-            raise UserError(f"--n-classes is {s.n_classes}, but {s.data or 'the synthetic set'} has {len(classes)} class folders: {', '.join(classes)}")
-        s.n_classes = len(classes)
-    if len(images) < s.batch_size:
-        raise UserError(f"{s.data or 'the synthetic set'} has {len(images)} images, fewer than one batch (--batch-size {s.batch_size})")
+    data = shared_data(s, script, named, device, ranks, say)
     if s.epochs is not None:
-        s.steps = max(1, math.ceil(s.epochs * len(images) / (s.batch_size * s.n_critic)))
-    data = Data(images, labels, classes, s, device)
-    trainer = Trainer(script, s, data, device)
-    probe(script, s, trainer.groups[0])
-    open_run(s, trainer, out)
+        s.steps = max(1, math.ceil(s.epochs * len(data.images) / (s.batch_size * s.n_critic)))
+    ranks.compare(settings=json.dumps({k: v for k, v in vars(s).items() if k not in ("out", "data", "device")}, sort_keys=True, default=str),
+                  data=data.digest, code=digest(Path(__file__)) + digest(script.path))
+    with ranks.together():
+        trainer = Trainer(script, s, data, device, ranks)
+        probe(script, s, trainer.groups[0])
+        if ranks.replicas > 1:
+            check_split(script, s, trainer.groups[0])
+    saved, agents = None, ranks.everyone(agent())
+    with ranks.together():
+        if ranks.rank == 0:
+            saved = open_run(s, data, out, agents)
+    states = ranks.hand_out([saved and ({i: saved["groups"][i - 1] for i, owners in ranks.owners.items() if r in owners}, saved["step"])
+                             for r in range(ranks.world)])
+    with ranks.together():
+        if states:
+            try:
+                trainer.load_state(*states)
+            except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
+                raise UserError(f"{out / 'checkpoint.pt'} does not fit these networks: {' '.join(str(e).split())[:200]}") from e
     if trainer.step_count >= s.steps:
         say(f"Nothing to do: {out} is at step {trainer.step_count} of {s.steps}; raise --steps to train on.")
         return
-    save_args(s, script, data, out)
-    real_grid(trainer, out / "samples" / "real.png")
+    with ranks.together():
+        if ranks.rank == 0:
+            begin_run(s, script, trainer, out, agents)
 
     count = lambda n: f"{sum(p.numel() for p in n.params) / 1e6:.2f} M"
     nets = trainer.groups[0].nets
     ring = f"{s.groups} {script.name} groups in a ring (rho {s.rho})" if s.groups > 1 else f"one {script.name} group, the baseline without connectors"
-    source = f"{len(images)} images of {s.data}" if s.data else (
-        f"{len(images)} SYNTHETIC images of concrete defects, drawn by crop_codebrim.py because no --data was given")
+    source = f"{len(data.images)} images of {s.data}" if s.data else (
+        f"{len(data.images)} SYNTHETIC images of concrete defects, drawn by crop_codebrim.py because no --data was given")
     text = (f"Training {ring}: generator {count(nets['G'])}, discriminator {count(nets['D'])} parameters"
             f"{', a connector like it' if s.groups > 1 else ''}, {s.image_size}x{s.image_size}, batch {s.batch_size}, on {source}"
-            f"{f' in {len(classes)} classes' if classes else ''}. Device: {describe(device)}. Pictures every {s.sample_every} steps in "
+            f"{f' in {len(data.classes)} classes' if data.classes else ''}. Device: {describe(device)}"
+            f"{f', {ranks.world} processes' if ranks.world > 1 else ''}. Pictures every {s.sample_every} steps in "
             f"{out / 'samples'}/, log every {s.log_every} in {out / 'log.jsonl'}, checkpoint every {s.save_every}.")
     if changed:
         text += " --quick set " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in changed.items()) + "."
-    if s.resume:
+    if trainer.step_count:
         text += f" Resumed at step {trainer.step_count}."
     if s.groups == 1:
         idle = sorted({"rho", "c_lr", "c_penalty", "c_aux"} & named)
@@ -1037,6 +1328,80 @@ def train(s, script, named, changed):
         text += " Note: with rho above 1 it pays a generator to copy its neighbour rather than to follow the data."
     say(text)
     loop(trainer, s, out, say)
+    ranks.close()
+
+
+def shared_data(s, script, named, device, ranks, say):
+    """The data set on every rank: one rank of each machine decodes it, the others of that machine receive it."""
+    loaded = None
+    with ranks.together():
+        if ranks.local_rank == 0:
+            loaded = (load_images(s.data, s.image_size, script.conditional, s.skip_bad, say) if s.data
+                      else synthetic_images(s.image_size, script.conditional))
+            images, labels, classes = loaded
+            source = s.data or "the synthetic set"
+            if script.conditional and "n_classes" in named and s.n_classes != len(classes):
+                raise UserError(f"--n-classes is {s.n_classes}, but {source} has {len(classes)} class folders: {', '.join(classes)}")
+            if len(images) < s.batch_size:
+                raise UserError(f"{source} has {len(images)} images, fewer than one batch (--batch-size {s.batch_size})")
+    if ranks.world > 1:
+        first = ranks.rank - ranks.local_rank
+        head = [loaded and (tuple(loaded[0].shape), loaded[2])]
+        dist.broadcast_object_list(head, src=first, group=ranks.node)
+        shape, classes = head[0]
+        images, labels = loaded[:2] if loaded else (torch.empty(shape, dtype=torch.uint8), torch.empty(shape[0], dtype=torch.int64))
+        dist.broadcast(images, src=first, group=ranks.node)
+        dist.broadcast(labels, src=first, group=ranks.node)
+    if script.conditional:
+        s.n_classes = len(classes)
+    return Data(images, labels, classes, s, device)
+
+
+def digest(path):
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+
+
+def check_split(script, s, group):
+    """Refuse to spread a batch over ranks where a layer mixes samples in its own way, or a loss is no mean over the batch."""
+    dev = next(group.ema.parameters()).device
+    z = draw(0, 0, 0, "split", "normal", (4, s.z_dim)).to(dev)
+    y = (torch.arange(4, device=dev) % s.n_classes,) if script.conditional else ()
+    real = draw(0, 0, 0, "split real", "uniform", (4, 3, s.image_size, s.image_size)).to(dev) * 2 - 1
+    eps = {"eps": draw(0, 0, 0, "split eps", "uniform", (4, 1, 1, 1)).to(dev)}
+    nets = {"Generator": group.nets["G"].net.eval(), "Discriminator": group.nets["D"].net.eval()}
+    part = lambda a, k: tuple(v[k] for v in a)
+    D = nets["Discriminator"]
+    takes_y = "y" in inspect.signature(D.forward).parameters
+    close = lambda a, b: torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+    for name, args in (("Generator", (z, *y)), ("Discriminator", (real, *y) if takes_y else (real,))):
+        seen, hooks = {}, []
+        for k, m in nets[name].named_modules():
+            hooks.append(m.register_forward_hook(lambda m, i, o, k=k: seen.setdefault(k, []).append(o)))
+        with torch.no_grad():
+            for rows in (slice(0, 4), slice(0, 2), slice(2, 4)):
+                nets[name](*part(args, rows))
+        for h in hooks:
+            h.remove()
+        for k, outs in seen.items():                                # in the order in which modules finish: the first culprit is innermost
+            outs = [o[0] if isinstance(o, tuple) else o for o in outs]
+            if [o.shape[0] if isinstance(o, torch.Tensor) and o.dim() else 0 for o in outs] == [4, 2, 2]:
+                if not close(outs[0], torch.cat(outs[1:])):
+                    kind = type(nets[name].get_submodule(k)).__name__
+                    raise UserError(f"{script.path}: layer {k or name} ({kind}) of {name} mixes the samples of a batch, "
+                                    f"so the batch cannot be spread over processes; use at most one process per group (--nproc {s.groups})")
+    with torch.no_grad():
+        fake = nets["Generator"](z, *y)
+    for name, args in (("discriminator_loss", (real, fake, *y, *y)), ("connector_loss", (real, fake, *y, *y)), ("generator_loss", (fake, *y))):
+        f, values = getattr(script, name), []
+        for rows in (slice(0, 4), slice(0, 2), slice(2, 4)):
+            value = f(D, *part(args, rows), **bind(f, {**vars(s), "eps": eps["eps"][rows]}))
+            values.append((value[0] if isinstance(value, tuple) else value).detach())
+        if "eps" in inspect.signature(f).parameters or name == "generator_loss":        # a penalty that draws cannot be compared
+            if not close(values[0], (values[1] + values[2]) / 2):
+                raise UserError(f"{script.path}: {name} is not a mean over the batch, so the batch cannot be spread over processes; "
+                                f"use at most one process per group (--nproc {s.groups})")
+    for net in nets.values():
+        net.train()
 
 
 def keep_freed_memory():
@@ -1055,29 +1420,34 @@ def describe(device):
 
 def loop(trainer, s, out, say):
     """Steps, with logs, pictures, checkpoints, and a way out that saves."""
-    progress, begin, first = Progress(s.steps), time.monotonic(), trainer.step_count
-    pending, told, steady = [], False, None
-    with Stop() as stop, open(out / "log.jsonl", "ab") as log:
-        while trainer.step_count < s.steps and not stop.signal:
+    ranks, begin, first = trainer.ranks, time.monotonic(), trainer.step_count
+    progress = Progress(s.steps, quiet=ranks.rank > 0)
+    pending, told, steady, signalled, timeout, bad = [], False, None, 0, 0, 0
+    with Stop() as stop:
+        while trainer.step_count < s.steps and not signalled and not timeout:
             with calling(trainer.script, f"step {trainer.step_count + 1}"):
                 losses = trainer.step()
             step, now = trainer.step_count, time.monotonic()
-            timeout = s.max_seconds is not None and now - begin >= s.max_seconds
-            last = step == s.steps or stop.signal or timeout
-            due = {k: last or step % getattr(s, f"{k}_every") == 0 for k in ("log", "sample", "save")}
             pending.append((step, losses))
+            due = {k: step == s.steps or step % getattr(s, f"{k}_every") == 0 for k in ("log", "sample", "save")}
             if trainer.device.type == "cpu" or any(due.values()) or len(pending) >= 50:    # elsewhere a look costs a wait
-                for at, values in pending:
-                    bad = trainer.first_bad(values)
-                    if bad:
-                        kept = out / "checkpoint.pt"
-                        raise UserError(f"step {at}: the loss of the {bad} is not finite; "
-                                        f"{f'the last good state is in {kept}' if kept.exists() else 'there is no checkpoint yet'}. "
-                                        "Lower rates (--g-lr, --d-lr, --c-lr) are the usual cure")
+                bad = next((at * 4096 + k for at, values in pending if (k := trainer.first_bad(values))), 0)
                 pending = []
+            over = s.max_seconds is not None and now - begin >= s.max_seconds
+            signalled, timeout, bad = ranks.agree(stop.signal, int(over), bad)
+            if bad:
+                kept = out / "checkpoint.pt"
+                raise UserError(f"step {bad // 4096}: the loss of the {name_bad(bad % 4096)} is not finite; "
+                                f"{f'the last good state is in {kept}' if kept.exists() else 'there is no checkpoint yet'}. "
+                                "Lower rates (--g-lr, --d-lr, --c-lr) are the usual cure")
+            if signalled or timeout:
+                due = dict.fromkeys(due, True)
+                for at, values in pending:
+                    if (k := trainer.first_bad(values)):
+                        raise UserError(f"step {at}: the loss of the {name_bad(k)} is not finite; nothing was saved")
             if steady is None:
                 steady = (step, now)                                # the first step also warms up
-            elif not told and (now - steady[1] > 5 or step - steady[0] >= 20 or last):
+            elif not told and (now - steady[1] > 5 or step - steady[0] >= 20 or due["log"] and step == s.steps):
                 told = True
                 per_step = (now - steady[1]) / (step - steady[0])
                 text = f"One step takes {per_step:.3g} s here, so the {s.steps - step} steps to go take {span(per_step * (s.steps - step))}"
@@ -1088,24 +1458,21 @@ def loop(trainer, s, out, say):
                     text += " For a first look within minutes add --quick."
                 progress.say(text)
             if due["log"]:
-                rate = (step - first) * s.batch_size * s.groups / (now - begin)
-                log.write(json.dumps(log_line(trainer, losses, now - begin, rate)).encode() + b"\n")
-                log.flush()
+                write_log(trainer, losses, out, now - begin, (step - first) * s.batch_size * s.groups / (now - begin))
             if due["sample"]:
                 sample_grid(trainer, out / "samples" / f"step_{step:06d}.png")
             if due["save"]:
                 save_checkpoint(trainer, out)
             progress(step, s, losses)
-            if timeout:
-                break
     step = trainer.step_count
-    if stop.signal:
-        progress.say(f"Stopped by {signal.Signals(stop.signal).name} at step {step}; saved in {out}. --resume goes on.")
-        raise SystemExit(128 + stop.signal)
+    if signalled:
+        progress.say(f"Stopped by {signal.Signals(signalled).name} at step {step}; saved in {out}. --resume goes on.")
+        ranks.close()
+        raise SystemExit(128 + signalled)
     if step < s.steps:
         progress.say(f"--max-seconds reached at step {step} of {s.steps}; saved in {out}. --resume goes on.")
     else:
-        progress.say(f"Done: {step} steps in {span(time.monotonic() - begin)}. Look at {out / 'samples'}/; "
+        progress.say(f"Done: {step} steps, {span(time.monotonic() - begin)}. Look at {out / 'samples'}/; "
                      f"python okd_train.py --out {out} --sample 1000 writes images.")
 
 
@@ -1116,46 +1483,111 @@ def sample(s, script):
     z of an image depends on the run's seed, its class and its number alone, so the first images of --sample 100 are
     those of --sample 1000.
     """
-    out = Path(s.out)
-    saved = read_args(out)
-    fakes, classes = out / "fakes", saved["classes"]
-    if fakes.exists() and any(fakes.iterdir()):
-        raise UserError(f"{fakes} is not empty; move it away first")
     device = pick_device(s.device)
-    generators = [load_generator(out / f"G{i}.pt", device, str(script.path)) for i in range(1, s.groups + 1)]
-    begin, rows = time.monotonic(), []
+    ranks = Ranks(s.groups, CHUNK, device)
+    out = Path(s.out)
+    with ranks.together():
+        saved = read_args(out)
+        fakes, classes = out / "fakes", saved["classes"]
+        if ranks.rank == 0 and fakes.exists() and any(fakes.iterdir()):
+            raise UserError(f"{fakes} is not empty; move it away first")
+        generators = {i: load_generator(out / f"G{i}.pt", device, str(script.path)) for i in range(1, s.groups + 1)}
+    begin, jobs = time.monotonic(), []                              # a job: group, class, number of its first image, how many
+    for i in generators:
+        for c in range(len(classes)) if classes else [None]:
+            n = s.sample if c is None else s.sample // len(classes) + (c < s.sample % len(classes))
+            jobs += [(i, c, k, min(CHUNK, n - k)) for k in range(0, n, CHUNK)]
+    rows = []
     with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as pool:
-        for i, G in enumerate(generators, 1):
-            for c, name in enumerate(classes or [None]):
-                n = s.sample // len(classes) + (c < s.sample % len(classes)) if classes else s.sample
-                folder = fakes / f"G{i}" / (name or "")
-                folder.mkdir(parents=True, exist_ok=True)
-                jobs = []
-                for k in range(0, n, CHUNK):
-                    z = draw(s.seed, k // CHUNK, 0, f"sample {name or ''}", "normal", (CHUNK, s.z_dim))
-                    images = generate(G, z, torch.full((CHUNK,), c) if classes else None)[:n - k]
-                    for j, a in enumerate(images, k):
-                        path = folder / f"{j:06d}.png"
-                        jobs.append(pool.submit(Image.fromarray(a).save, path, compress_level=1))
-                        rows.append((path.relative_to(fakes).as_posix(), f"G{i}", name or "", f"{s.seed}/{k // CHUNK}/{j % CHUNK}"))
-                for job in jobs:
-                    job.result()
-    with replacing(fakes / "manifest.csv") as f:
-        f.write(("file,group,class,z\n" + "".join(",".join(r) + "\n" for r in rows)).encode())
-    print(f"{len(rows)} images in {fakes}/ ({span(time.monotonic() - begin)}).")
+        for at in range(0, len(jobs), ranks.world):                 # each rank draws a chunk, rank 0 writes them
+            mine = {}
+            if at + ranks.rank < len(jobs):
+                i, c, k, n = jobs[at + ranks.rank]
+                z = draw(s.seed, k // CHUNK, 0, f"sample {'' if c is None else classes[c]}", "normal", (CHUNK, s.z_dim))
+                mine[at + ranks.rank] = generate(generators[i], z, None if c is None else torch.full((CHUNK,), c))[:n]
+            saves = []
+            for number, images in sorted((ranks.collect(mine) or {}).items()):
+                i, c, k, n = jobs[number]
+                folder = fakes / f"G{i}" / ("" if c is None else classes[c])
+                with writing(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                for j, a in enumerate(images, k):
+                    path = folder / f"{j:06d}.png"
+                    saves.append(pool.submit(Image.fromarray(a).save, path, compress_level=1))
+                    rows.append((path.relative_to(fakes).as_posix(), f"G{i}", "" if c is None else classes[c], f"{s.seed}/{k // CHUNK}/{j % CHUNK}"))
+            for save in saves:
+                with writing(fakes):
+                    save.result()
+    if ranks.rank == 0:
+        with replacing(fakes / "manifest.csv") as f:
+            table = csv.writer(io.TextIOWrapper(f, "utf-8", newline="", write_through=True), lineterminator="\n")
+            table.writerows([("file", "group", "class", "z"), *rows])
+            f.flush()
+        print(f"{len(rows)} images in {fakes}/ ({span(time.monotonic() - begin)}).")
+    ranks.close()
+
+
+# ---------------------------------------------------------------------------------------------- launching
+def processes(s):
+    """How many processes to start from this one: 1 means none."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or OUTER in os.environ:
+        return 1
+    if s.nproc is not None:
+        return s.nproc
+    cuda = s.device is None or s.device == "cuda"
+    return min(torch.cuda.device_count(), s.groups) if cuda and torch.cuda.is_available() else 1
+
+
+def launch(n, argv, device):
+    """Run this script in n processes on this machine; returns when all are done, with their exit status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    os.environ[OUTER] = agent()
+    for name in list(os.environ):                                   # an outer torchrun's, which would mislead the inner one
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
+                    "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT") or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
+    if device == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) // n)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)        # its report would bury our one line
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=f"okd{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                          max_restarts=0, monitor_interval=0.1, start_method="spawn")
+    try:
+        elastic_launch(config, sys.executable)("-u", str(Path(__file__).resolve()), *argv)
+    except SignalException as e:
+        raise SystemExit(128 + e.sigval) from None
+    except ChildFailedError as e:
+        rank, failure = e.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"okd_train.py: error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}; "
+                  "--resume goes on from the last checkpoint", file=sys.stderr)
+            raise SystemExit(1) from None
+        raise SystemExit(failure.exitcode) from None
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        s, script, named = parse(sys.argv[1:] if argv is None else argv)
+        s, script, named = parse(argv)
         changed = settle(s, script, named)
-        if s.sample is not None:
+        n = processes(s)
+        if n > 1:
+            print(f"Starting {n} processes on this machine, {'one per GPU' if s.nproc is None else '--nproc ' + str(n)} (--nproc 1 forbids).", flush=True)
+            launch(n, argv, pick_device(s.device).type)
+        elif s.sample is not None:
             sample(s, script)
         else:
             train(s, script, named, changed)
     except UserError as e:
-        print(f"okd_train.py: error: {e}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"okd_train.py: error: {e}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as e:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        print(f"okd_train.py: rank {os.environ['RANK']} lost contact with another rank: {' '.join(str(e).split())[:160]}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
