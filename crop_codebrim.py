@@ -82,8 +82,8 @@ def walk(root):
         seen.add(real)
         folders[:] = sorted(d for d in folders if d != "__MACOSX" and not d.startswith("."))
         for name in files:
-            if not name.startswith("."):
-                path = Path(folder, name)
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():            # a pipe would block for ever
                 found.append((path.relative_to(root).as_posix(), path))
     return sorted(found), [Skip("folder", Path(p).relative_to(root).as_posix(), "folder that may not be read") for p in unreadable]
 
@@ -567,8 +567,6 @@ def plan_buckets(photos, n, size, seed, window, label, balance, background, smal
             pool = [Source(p, None, (BACKGROUND,), size, sides) for p in large if p.certain and parts[p.name] == part]
             buckets.append(Bucket(part, BACKGROUND, n_part, pool, Dice(seed, key("background"), key(part))))
     return buckets
-
-
 
 
 # ---- decoding and cutting -------------------------------------------------------------------------------------------

@@ -287,11 +287,9 @@ def test_bad_xml_is_skipped(tmp_path, data, reason):
 
 def test_doctype_never_reaches_the_parser(tmp_path, monkeypatch):
     monkeypatch.setattr(cc.ElementTree, "fromstring", lambda text: pytest.fail("parsed"))
-    for data in ((DOCTYPE + BODY).encode(), (DOCTYPE + BODY).encode("utf-16"), b"<?xml version='1.0' encoding='cp037'?>" + (DOCTYPE + BODY).encode("cp037", "replace")):
-        (tmp_path / "a.xml").write_bytes(data)
-        with pytest.raises(cc.Unusable, match="DOCTYPE|parsed"):
-            if data.startswith(b"<?xml version='1.0' encoding='cp037'"):   # the declaration itself is ASCII: decoded as told, it is no XML any more
-                monkeypatch.undo()
+    for encoding in ("utf-8", "utf-16", "utf-16-le"):
+        (tmp_path / "a.xml").write_bytes((DOCTYPE + BODY).encode(encoding))
+        with pytest.raises(cc.Unusable, match="DOCTYPE"):
             cc.parse_xml(tmp_path / "a.xml")
 
 
@@ -342,6 +340,9 @@ def test_photos_of_one_stem(tmp_path):
     assert len({r["file"].casefold() for r, _ in rows}) == 20          # two photos called a, no crop lost
     for r, image in rows:
         assert (image[0, 0, 2] >> 4) == (1 if r["photo"].startswith("north") else 2)
+    add(tmp_path / "east", "b", [(1, 1, 90, 90, "Crack")], suffix=".jpg")
+    add(tmp_path / "east", "b", [(1, 1, 90, 90, "Crack")], suffix=".png")     # <filename> tells b.png from b.jpg
+    assert [p.name for p in read_annotations(tmp_path / "east")[0]] == ["images/b.png"]
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(tmp_path / "north/annotations/a.xml", tmp_path / "elsewhere/a.xml")
     assert reasons(read_annotations(tmp_path)[1]) == {"annotation that fits several photos": 1}
@@ -354,8 +355,11 @@ def test_second_annotation_of_a_photo(tmp_path):
     assert len(photos) == 1 and [tuple(s) for s in skipped] == [("annotation", "images/a.xml", "second annotation of a photo")]
 
 
-def test_loops_of_links(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_loops_of_links_and_pipes(tmp_path):
     add(tmp_path, "a", [(1, 1, 90, 90, "Crack")])
+    os.mkfifo(tmp_path / "annotations/pipe.xml")
+    os.mkfifo(tmp_path / "images/pipe.jpg")
     os.symlink(tmp_path, tmp_path / "images" / "up")
     assert len(read_annotations(tmp_path)[0]) == 1
 
@@ -842,6 +846,18 @@ def test_a_failing_disk_leaves_nothing(bridge, tmp_path, monkeypatch):
     assert not (tmp_path / "crops").exists() and [p.name for p in tmp_path.iterdir()] == ["original_dataset"]
 
 
+def test_the_last_step_is_one_renaming(bridge, tmp_path, monkeypatch):
+    seen = []
+
+    def refuse(self, target):
+        seen.append(len(tree(self)))
+        assert not Path(target).exists()
+        raise PermissionError(13, "Permission denied", str(target))
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert cc.main([str(bridge), str(tmp_path / "crops"), "--n", "5"]) == 2
+    assert seen == [7] and [p.name for p in tmp_path.iterdir()] == ["original_dataset"]      # five crops and two tables were complete
+
+
 @pytest.mark.parametrize("args, words", [
     (["SRC"], "two folders are needed"),
     ([], "two folders are needed"),
@@ -1064,7 +1080,7 @@ def test_two_workers_halve_the_time(big, tmp_path):
     if (os.cpu_count() or 1) < 2:
         pytest.skip("one core")
     ratios, free = [], []
-    for k in range(5):
+    for k in range(3):
         free.append(pair(spin, [(4_000_000,)] * 2) / pair(spin, [(4_000_000,)]))
         times = []
         for workers in (1, 2):
@@ -1072,9 +1088,9 @@ def test_two_workers_halve_the_time(big, tmp_path):
             cc.crop_folder(big, tmp_path / f"c{k}_{workers}", n=30, workers=workers, **CHOICES)
             times.append(time.perf_counter() - start)
         ratios.append(times[1] / times[0])
-    if sorted(free)[2] > 1.15:
-        pytest.skip(f"two processes take {sorted(free)[2]:.2f} of the time of one here: the second core is busy")
-    assert sorted(ratios)[2] <= 0.6, ratios
+    if sorted(free)[1] > 1.15:
+        pytest.skip(f"two processes take {sorted(free)[1]:.2f} of the time of one here: the second core is busy")
+    assert sorted(ratios)[1] <= 0.6, ratios
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
