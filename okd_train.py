@@ -67,7 +67,7 @@ EMA = 0.999                     # of the generators; everything that is looked a
 IMAGE_TYPES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CHUNK = 50                      # images per forward when sampling: fixed, so that an image does not depend on how many are asked for
 FORMAT = "okd-gan 1"            # of checkpoint.pt
-MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "device", "nproc"}    # on --resume
+MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc"}    # on --resume
 OUTER = "OKD_TRAIN_AGENT"       # which torchrun started us, told to the processes that we start ourselves
 TIMEOUT = datetime.timedelta(minutes=10)    # after which a rank that waits for another gives up
 
@@ -939,12 +939,16 @@ def save_checkpoint(trainer, out):
         return
     with replacing(out / "checkpoint.pt") as f:
         torch.save(state, f)
+    for i, group in enumerate(state["groups"], 1):
+        save_generator(trainer, i, group["ema"], out / f"G{i}.pt")
+
+
+def save_generator(trainer, i, state_dict, path):
     script, s = trainer.script, trainer.s
     beside = Path(__file__).resolve().parent / script.path.name
-    for i, group in enumerate(state["groups"], 1):
-        with replacing(out / f"G{i}.pt") as f:
-            torch.save({"model": script.name if beside == script.path else str(script.path), "kwargs": bind(script.Generator, vars(s)),
-                        "state_dict": group["ema"], "step": state["step"], "classes": trainer.data.classes, "z_dim": s.z_dim}, f)
+    with replacing(path) as f:
+        torch.save({"model": script.name if beside == script.path else str(script.path), "kwargs": bind(script.Generator, vars(s)),
+                    "state_dict": state_dict, "step": trainer.step_count, "classes": trainer.data.classes, "z_dim": s.z_dim}, f)
 
 
 def load_file(path):
@@ -997,6 +1001,78 @@ def cut_log(path, step, log_every):
         f.write(b"".join(kept))
 
 
+# ---------------------------------------------------------------------------------------------- scores during training
+class Scores:
+    """FID of every group's averaged generator against the real images (or rFD, its offline stand-in), with fid.py.
+
+    Made before training starts, so that missing weights are not found out after a night. Real features are computed once and kept
+    in the run folder; every rank computes features of what its groups draw, rank 0 does the rest.
+    """
+
+    def __init__(self, s, script, data, ranks, device):
+        import fid
+        self.fid, self.s, self.data, self.ranks, self.device = fid, s, data, ranks, device
+        self.name = "FID" if s.fid_features == "inception" else "rFD"
+        self.n = s.fid_samples or (10000 if device.type == "cuda" else 2000)
+        self.images, self.of = data.images, data.digest
+        if s.fid_data:
+            self.images, _, _ = load_images(s.fid_data, s.image_size, False, s.skip_bad, lambda text: None)
+            self.of = hashlib.blake2b(self.images.numpy().tobytes(), digest_size=16).hexdigest()
+        try:
+            self.model = fid.inception(device=device) if s.fid_features == "inception" else fid.random_networks(device)
+        except fid.FidError as e:
+            raise UserError(f"--fid-every: {e}; --fid-features random needs no weights") from e
+        self.distance = fid.frechet_distance if s.fid_features == "inception" else fid.random_distance
+        if min(len(self.images), self.n) < 4:
+            raise UserError(f"--fid-every: {len(self.images)} real images and {self.n} fakes; scores need at least 4 of each")
+
+    def features(self, images):
+        return self.fid.features(images, model=self.model, batch_size=CHUNK)
+
+    def real(self, out):
+        """Features of the real images and the floor, from the run folder where they are those of these images and this network. Rank 0."""
+        path, key = out / "real_features.npz", f"{self.of} {self.s.fid_features} {getattr(self.model, 'digest', '')}"
+        if path.exists():
+            with contextlib.suppress(Exception):                    # cut or foreign: computed anew
+                with np.load(path, allow_pickle=False) as f:
+                    if str(f["of"]) == key:
+                        return f["features"], float(f["floor"])
+        features = self.features(self.images)
+        floor = float(self.distance(*self.fid.halves(features)))
+        with replacing(path) as f:
+            np.savez(f, features=features, floor=floor, of=key)
+        return features, floor
+
+    def __call__(self, trainer, out, progress):
+        """Append a line to fid.jsonl, keep each group's best generator as G1.best.pt; the line, on rank 0."""
+        s, ranks, classes, mine = self.s, self.ranks, self.data.classes, {}
+        for g in trainer.groups:
+            for c in range(ranks.part, math.ceil(self.n / CHUNK), ranks.replicas):
+                z = draw(s.seed, c, 0, "fid", "normal", (CHUNK, s.z_dim))
+                y = (torch.arange(CHUNK) + c * CHUNK) % len(classes) if classes else None
+                mine[g.i, c] = self.features(generate(g.ema, z, y)[:self.n - c * CHUNK])
+        parts, states = ranks.collect(mine), ranks.collect({g.i: g.ema.state_dict() for g in trainer.groups})
+        if parts is None:
+            return None
+        real, floor = self.real(out)
+        fakes = {i: np.concatenate([parts[i, c] for c in range(math.ceil(self.n / CHUNK))]) for i in range(1, s.groups + 1)}
+        score = {f"G{i}": float(self.distance(real, f)) for i, f in fakes.items()}
+        line = {"step": trainer.step_count, "score": self.name, "samples": self.n, "reals": len(real), **score,
+                "mean": sum(score.values()) / len(score), "union": float(self.distance(real, np.concatenate(list(fakes.values())))), "floor": floor}
+        for i in fakes:
+            if all(line[f"G{i}"] < old[f"G{i}"] for old in score_lines(out)):
+                save_generator(trainer, i, states[i], out / f"G{i}.best.pt")
+        with writing(out / "fid.jsonl"), open(out / "fid.jsonl", "ab") as f:
+            f.write(json.dumps(line).encode() + b"\n")
+        progress.say(f"{self.name} at step {line['step']}: " + "  ".join(f"{k} {line[k]:.2f}" for k in (*score, "mean", "union", "floor")))
+        return line
+
+
+def score_lines(out):
+    path = out / "fid.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 # ---------------------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1021,6 +1097,10 @@ def trainer_flags(p):
     p.add_argument("--log-every", type=int, default=10, metavar="K", help="steps between lines of log.jsonl (default 10)")
     p.add_argument("--sample-every", type=int, default=500, metavar="K", help="steps between sample grids (default 500)")
     p.add_argument("--save-every", type=int, default=500, metavar="K", help="steps between checkpoints (default 500)")
+    p.add_argument("--fid-every", type=int, metavar="K", help="score every group every K steps and at the end, into fid.jsonl (default never)")
+    p.add_argument("--fid-samples", type=int, metavar="N", help="fakes per group and score (default 2000 on the CPU, 10000 on CUDA)")
+    p.add_argument("--fid-data", metavar="DIR", help="held-out images to score against (default: the training images)")
+    p.add_argument("--fid-features", choices=("inception", "random"), default="inception", help="random: rFD, needs no weights (default inception)")
     p.add_argument("--sample", type=int, metavar="N", help="do not train: write N images per group of the run in --out to OUT/fakes/")
 
 
@@ -1101,7 +1181,7 @@ def settle(s, script, named):
     if "steps" in named and "epochs" in named:
         raise UserError("--steps and --epochs both say how long; give one")
     for key, low in dict(groups=1, steps=1, batch_size=1, n_critic=1, image_size=4, z_dim=1, log_every=1, sample_every=1, save_every=1,
-                         rho=0, g_lr=0, d_lr=0, c_lr=0, seed=0, n_classes=1, sample=1, nproc=1).items():
+                         rho=0, g_lr=0, d_lr=0, c_lr=0, seed=0, n_classes=1, sample=1, nproc=1, fid_every=1, fid_samples=4).items():
         value = getattr(s, key, None)
         if value is not None and not (value >= low and math.isfinite(value)):
             raise UserError(f"--{key.replace('_', '-')} is {value}; it must be {low} or more")
@@ -1246,6 +1326,7 @@ def begin_run(s, script, trainer, out, agents):
         (out / "samples").mkdir(parents=True, exist_ok=True)
         if trainer.step_count:
             cut_log(out / "log.jsonl", trainer.step_count, read_args(out)["log_every"])
+            cut_log(out / "fid.jsonl", trainer.step_count, read_args(out).get("fid_every") or 1)
         else:
             (out / "log.jsonl").write_bytes(b"")
     save_args(s, script, trainer.data, out, agents)
@@ -1287,6 +1368,10 @@ def train(s, script, named, changed):
         probe(script, s, trainer.groups[0])
         if ranks.replicas > 1:
             check_split(script, s, trainer.groups[0])
+    scores = None
+    with ranks.together():
+        if s.fid_every:
+            scores = Scores(s, script, data, ranks, device)
     saved, agents = None, ranks.everyone(agent())
     with ranks.together():
         if ranks.rank == 0:
@@ -1327,7 +1412,7 @@ def train(s, script, named, changed):
     if s.groups > 1 and s.rho > 1:
         text += " Note: with rho above 1 it pays a generator to copy its neighbour rather than to follow the data."
     say(text)
-    loop(trainer, s, out, say)
+    loop(trainer, s, out, say, scores)
     ranks.close()
 
 
@@ -1418,7 +1503,7 @@ def describe(device):
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
-def loop(trainer, s, out, say):
+def loop(trainer, s, out, say, scores=None):
     """Steps, with logs, pictures, checkpoints, and a way out that saves."""
     ranks, begin, first = trainer.ranks, time.monotonic(), trainer.step_count
     progress = Progress(s.steps, quiet=ranks.rank > 0)
@@ -1430,6 +1515,7 @@ def loop(trainer, s, out, say):
             step, now = trainer.step_count, time.monotonic()
             pending.append((step, losses))
             due = {k: step == s.steps or step % getattr(s, f"{k}_every") == 0 for k in ("log", "sample", "save")}
+            due["fid"] = scores is not None and (step == s.steps or step % s.fid_every == 0)
             if trainer.device.type == "cpu" or any(due.values()) or len(pending) >= 50:    # elsewhere a look costs a wait
                 bad = next((at * 4096 + k for at, values in pending if (k := trainer.first_bad(values))), 0)
                 pending = []
@@ -1441,7 +1527,7 @@ def loop(trainer, s, out, say):
                                 f"{f'the last good state is in {kept}' if kept.exists() else 'there is no checkpoint yet'}. "
                                 "Lower rates (--g-lr, --d-lr, --c-lr) are the usual cure")
             if signalled or timeout:
-                due = dict.fromkeys(due, True)
+                due.update(log=True, sample=True, save=True)
                 for at, values in pending:
                     if (k := trainer.first_bad(values)):
                         raise UserError(f"step {at}: the loss of the {name_bad(k)} is not finite; nothing was saved")
@@ -1461,6 +1547,8 @@ def loop(trainer, s, out, say):
                 write_log(trainer, losses, out, now - begin, (step - first) * s.batch_size * s.groups / (now - begin))
             if due["sample"]:
                 sample_grid(trainer, out / "samples" / f"step_{step:06d}.png")
+            if due["fid"]:
+                scored = scores(trainer, out, progress)
             if due["save"]:
                 save_checkpoint(trainer, out)
             progress(step, s, losses)
@@ -1472,6 +1560,9 @@ def loop(trainer, s, out, say):
     if step < s.steps:
         progress.say(f"--max-seconds reached at step {step} of {s.steps}; saved in {out}. --resume goes on.")
     else:
+        if scores and scored:
+            best = min((line[f"G{i}"], i, line["step"]) for line in score_lines(out) for i in range(1, s.groups + 1))
+            progress.say(f"Best: group {best[1]} at step {best[2]} with {scores.name} {best[0]:.2f} (floor {scored['floor']:.2f}), in {out / f'G{best[1]}.best.pt'}.")
         progress.say(f"Done: {step} steps, {span(time.monotonic() - begin)}. Look at {out / 'samples'}/; "
                      f"python okd_train.py --out {out} --sample 1000 writes images.")
 

@@ -630,6 +630,51 @@ def test_quick_learns(tmp_path):
     assert all(a < b / 2 for a, b in zip(after, before)), (before, after)
 
 
+def test_scores_during_training(photos, tmp_path, capsys):
+    import fid
+    argv = ["--model", "acgan", "--groups", "2", *TINY, "--data", str(photos), "--fid-features", "random", "--fid-samples", "60", "--fid-every", "2"]
+    okd_train.main([*argv, "--steps", "5", "--out", str(tmp_path / "a")])
+    text = capsys.readouterr().out
+    out = tmp_path / "a"
+    lines = okd_train.score_lines(out)
+    assert [x["step"] for x in lines] == [2, 4, 5] and {"G1", "G2", "mean", "union", "floor"} <= lines[0].keys() and lines[0]["score"] == "rFD"
+    assert lines[0]["mean"] == pytest.approx((lines[0]["G1"] + lines[0]["G2"]) / 2) and len({x["floor"] for x in lines}) == 1
+    best = {i: min(lines, key=lambda x: x[f"G{i}"]) for i in (1, 2)}
+    assert all(okd_train.load_file(out / f"G{i}.best.pt")["step"] == best[i]["step"] for i in best)
+    winner = min(best, key=lambda i: best[i][f"G{i}"])
+    assert f"Best: group {winner} at step {best[winner]['step']}" in text
+    G = okd_train.load_generator(out / "G2.pt")                     # the number can be had by hand
+    z = torch.cat([okd_train.draw(0, c, 0, "fid", "normal", (50, 8)) for c in range(2)])
+    fakes = okd_train.generate(G, z, torch.arange(100) % 2)[:60]
+    real, _, _ = okd_train.load_images(photos, 32, True, False, print)
+    features = [fid.features(x, features="random", device="cpu") for x in (real, fakes)]
+    assert fid.random_distance(*features) == pytest.approx(lines[-1]["G2"], rel=1e-4)
+    okd_train.main([*argv, "--steps", "3", "--out", str(tmp_path / "b")])
+    assert [x["step"] for x in okd_train.score_lines(tmp_path / "b")] == [2, 3]
+    stamp = (tmp_path / "b" / "real_features.npz").stat().st_mtime_ns
+    okd_train.main(["--model", "acgan", "--steps", "5", "--out", str(tmp_path / "b"), "--resume"])
+    assert okd_train.score_lines(tmp_path / "b") == lines and (tmp_path / "b" / "real_features.npz").stat().st_mtime_ns == stamp
+
+
+def test_missing_weights_are_found_before_training(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FID_WEIGHTS", str(tmp_path / "none.pth"))
+    text = refused(capsys, "--data", photos, *TINY, "--groups", "1", "--fid-every", "5", "--out", tmp_path / "run")
+    assert "none.pth" in text and "--fid-features random" in text and not (tmp_path / "run").exists()
+    assert "no such folder" in refused(capsys, "--data", photos, *TINY, "--fid-every", "5", "--fid-features", "random", "--fid-data", tmp_path / "x", "--out", tmp_path / "run")
+
+
+def test_scores_against_held_out_images_with_inception(photos, shared, tmp_path):
+    weights = tmp_path / "weights.pth"
+    subprocess.run([sys.executable, shared / "fixtures" / "fid" / "make_inception_weights.py", weights], check=True, timeout=120)
+    p = subprocess.run(
+        [sys.executable, okd_train.__file__, "--groups", "2", *TINY, "--data", photos, "--fid-data", photos / "Crack", "--fid-samples", "6", "--fid-every", "1",
+         "--steps", "1", "--nproc", "2", "--out", tmp_path / "run"], env=dict(os.environ, FID_WEIGHTS=str(weights), OMP_NUM_THREADS="1"),
+        capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr
+    line, = okd_train.score_lines(tmp_path / "run")
+    assert line["score"] == "FID" and line["reals"] == 12 and line["samples"] == 6 and line["G1"] != line["G2"] and "FID at step 1" in p.stdout
+
+
 # ---------------------------------------------------------------------------------------------- data
 def test_every_kind_of_image_becomes_rgb_of_the_asked_size(tmp_path):
     ramp = np.linspace(0, 255, 40 * 40).reshape(40, 40).astype(np.uint8)
