@@ -243,8 +243,9 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=0)
     return float(total / subsets), float(np.sqrt(variance))
 
 
-def _squared_distances(a, b, rows=1024):
-    """Yields (slice of a, squared distances (rows, len(b)) in float64); both are moved by b's mean, so that little cancels."""
+def _squared_distances(a, b):
+    """Yields (slice of a, squared distances (rows, len(b)) in float64, at most 128 MB); both are moved by b's mean, so that little cancels."""
+    rows = min(1024, max(16, (1 << 24) // len(b)))
     shift = b.mean(0, dtype=np.float64)
     norms = np.concatenate([((b[j:j + rows] - shift) ** 2).sum(1) for j in range(0, len(b), rows)])
     for i in range(0, len(a), rows):
@@ -259,13 +260,13 @@ def _squared_distances(a, b, rows=1024):
 
 
 def _nearest(a, k):
-    """Squared distance of every row of a (n, d) to its k-th nearest other row, and, for k = 1, that row's index."""
-    radius, index = np.empty(len(a)), np.empty(len(a), int)
+    """Squared distance of every row of a (n, d) to its k-th nearest other row."""
+    radius = np.empty(len(a))
     for rows, d2 in _squared_distances(a, a):
         d2[np.arange(len(d2)), np.arange(rows.start, rows.stop)] = np.inf
-        radius[rows] = np.partition(d2, k - 1, axis=1)[:, k - 1]
-        index[rows] = d2.argmin(1)
-    return radius, index
+        d2.partition(k - 1, axis=1)
+        radius[rows] = d2[:, k - 1]
+    return radius
 
 
 def prdc(real, fake, k=5):
@@ -283,7 +284,7 @@ def prdc(real, fake, k=5):
                        f"there are {len(real)} and {len(fake)}")
     # A neighbour at exactly the radius lies outside; the factor keeps that so when two blocks round differently.
     inside = 1 - 1e-10
-    real_radius, fake_radius = _nearest(real, k)[0] * inside, _nearest(fake, k)[0] * inside
+    real_radius, fake_radius = _nearest(real, k) * inside, _nearest(fake, k) * inside
     hits, precise = 0, 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
     for rows, d2 in _squared_distances(fake, real):
@@ -294,6 +295,21 @@ def prdc(real, fake, k=5):
         recalled |= (d2 < fake_radius[rows, None]).any(0)
     return {"precision": float(precise / len(fake)), "recall": float(recalled.mean()),
             "density": float(hits / (k * len(fake))), "coverage": float(covered.mean())}
+
+
+def copies(real, fake):
+    """Every fake's nearest real: (index (n2,) into real, distance (n2,), share of fakes that look copied), features (n1, d), (n2, d).
+
+    A fake counts when it is nearer to its nearest real than that real is to its own nearest other real. Fresh images of the same kind count
+    too, about half of them: compare the share with that between two halves of the real images. FidError for fewer than 2 reals.
+    """
+    real, fake = _rows(real, "real"), _rows(fake, "fake")
+    if real.shape[1] != fake.shape[1] or len(real) < 2:
+        raise FidError(f"a copy check needs at least 2 real images and features of one width, there are {real.shape} and {fake.shape}")
+    index, d2_nearest = np.empty(len(fake), int), np.empty(len(fake))
+    for rows, d2 in _squared_distances(fake, real):
+        index[rows], d2_nearest[rows] = d2.argmin(1), d2.min(1)
+    return index, np.sqrt(d2_nearest), float((d2_nearest < _nearest(real, 1)[index] * (1 - 1e-10)).mean())
 
 
 def halves(features, seed=0):
@@ -908,42 +924,67 @@ def load_statistics(path):
 def save_statistics(path, mu, sigma, **said):
     """Write mu and sigma (and what else is said: n, dims, resize, weights) to `path`, .npz appended if missing. FidError where it exists."""
     path = _npz_name(path)
+    _write(path, lambda f: np.savez(f, mu=mu, sigma=sigma, **said))
+    return path
+
+
+def _write(path, save):
+    """save(file) into a temporary file that is then renamed: nothing half-written, and nothing older, is ever under the final name."""
+    part = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as f:
             part = Path(f.name)
-        try:
-            with open(part, "wb") as f:
-                np.savez(f, mu=mu, sigma=sigma, **said)
-            os.chmod(part, 0o666 & ~_umask())
-            _npz_name(path)                     # once more: hours may have passed
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+            save(f)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(part, 0o666 & ~mask)           # temporary files are made for their owner only
+        _fresh(path)                            # once more: hours may have passed
+        os.replace(part, path)
     except OSError as e:
-        raise FidError(f"{path}: cannot be written ({e.strerror})") from None
-    return path
+        raise FidError(f"{path}: cannot be written ({e.strerror or e})") from None
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def _npz_name(path):
-    path = Path(path if str(path).endswith(".npz") else f"{path}.npz")
-    if path.exists():
+    return _fresh(path if str(path).endswith(".npz") else f"{path}.npz")
+
+
+def _fresh(path):
+    path = Path(path)
+    if os.path.lexists(path):
         raise FidError(f"{path} exists and is not overwritten: delete it or choose another name")
+    if not path.parent.is_dir():
+        raise FidError(f"{path}: there is no folder {path.parent}")
     return path
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def copy_sheet(path, pairs):
+    """PNG of (fake file, real file, distance) pairs, fake left and real right, four pairs in a row. FidError where `path` exists."""
+    from PIL import Image, ImageDraw
+    path = _fresh(path)
+    edge, gap, text, columns = 128, 16, 34, 4
+    sheet = Image.new("RGB", (columns * (2 * edge + gap) + gap, -(-len(pairs) // columns) * (edge + text + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (fake, real, distance) in enumerate(pairs):
+        x, y = gap + i % columns * (2 * edge + gap), gap + i // columns * (edge + text + gap)
+        for file, left in ((fake, x), (real, x + edge)):
+            image = Image.fromarray(read_image(file)[0])
+            image = image.resize([max(1, round(side * (edge - 2) / max(image.size))) for side in image.size], Image.Resampling.BICUBIC)
+            sheet.paste(image, (left, y))
+            name = f"{file.parent.name}/{file.name}".encode("ascii", "replace").decode()
+            draw.text((left, y + edge), name if len(name) <= 20 else "..." + name[-17:], fill="black")
+        draw.text((x, y + edge + 15), f"{i + 1}. fake | real, distance {distance:.4g}", fill="black")
+    _write(path, lambda f: sheet.save(f, "PNG"))
 
 
 # ------------------------------------------------------------------------------------------------- command line
 
 LABELS = {"fid": "FID", "rfd": "rFD", "kid": "KID", "kid_se": "KID standard error",
-          **{k: f"{k} (k=5)" for k in ("precision", "recall", "density", "coverage")}}
-for _k in ("kid", "kid_se", "precision", "recall", "density", "coverage"):
-    LABELS["r" + _k] = "r" + LABELS[_k]
+          **{k: f"{k} (k=5)" for k in ("precision", "recall", "density", "coverage")}, "copies": "copies"}
+LABELS.update({"r" + k: "r" + v for k, v in LABELS.items() if k not in ("fid", "rfd")})
+CLOSEST = 32                                   # pairs on the sheet of --copies
 
 
 class _Parser(argparse.ArgumentParser):
@@ -967,6 +1008,8 @@ def _arguments(argv):
     p.add_argument("--kid", action="store_true", help="unbiased MMD^2, cubic kernel, seeded subsets of min(1000, n), with its standard error")
     p.add_argument("--prdc", action="store_true", help="precision, recall, density, coverage with k = 5 neighbours")
     p.add_argument("--floor", action="store_true", help="the same scores between two random halves of REAL: what a perfect generator would get")
+    p.add_argument("--copies", metavar="PNG", help=f"picture of the {CLOSEST} fakes closest to a real beside it, and the share of fakes nearer to a real "
+                   "than that real is to any other (about 0.5 for fresh images of the same kind; see --floor)")
     p.add_argument("--features", choices=("inception", "random"), default="inception",
                    help="random: five fixed random networks, no weights needed; prints rFD, which only orders sets against the same REAL")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -977,12 +1020,14 @@ def _arguments(argv):
         for flag in ("dims", "weights", "resize", "precision", "save"):
             if getattr(args, flag) is not None:
                 raise FidError(f"--{flag} has no meaning with --features random")
-    if args.save and (args.fakes or args.kid or args.prdc or args.floor or args.json):
+    if args.save and (args.fakes or args.kid or args.prdc or args.floor or args.copies or args.json):
         raise FidError("--save NPZ takes one folder and computes its statistics only; score in a second call")
     if not args.save and not args.fakes and not args.floor:
         raise FidError("a FAKE folder is needed beside REAL (or --floor, or --save NPZ)")
-    if (args.kid or args.prdc) and not args.fakes and not args.floor:
-        raise FidError("--kid and --prdc compare REAL with a FAKE folder")
+    if args.copies and not args.fakes:
+        raise FidError("--copies compares REAL with a FAKE folder")
+    if args.copies and not args.copies.lower().endswith(".png"):
+        raise FidError(f"--copies {args.copies}: the picture is a .png file")
     return args
 
 
@@ -1033,6 +1078,8 @@ def _compare(real, fake, args):
         out[prefix + "kid"], out[prefix + "kid_se"] = kernel_distance(real.features, fake.features)
     if args.prdc:
         out.update({prefix + k: v for k, v in prdc(real.features, fake.features).items()})
+    if args.copies:
+        out[prefix + "copies"] = copies(real.features, fake.features)[2]
     return out
 
 
@@ -1071,7 +1118,7 @@ def _table(rows):
     """Lines of a table: name, n, one column per score."""
     keys = [k for k in rows[0][2] if k in LABELS]
     cells = [["", "n"] + [LABELS[k].replace("standard error", "s.e.") for k in keys]]
-    cells += [[name, str(n or "?")] + [_number(k, s[k]) for k in keys] for name, n, s in rows]
+    cells += [[name, str(n or "")] + [_number(k, s[k]) for k in keys] for name, n, s in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in cells]
 
@@ -1082,10 +1129,12 @@ def _run(argv):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.save:
         _npz_name(args.save)
+    if args.copies:
+        _fresh(args.copies)
     real, *fakes = sides = [_Side(p) for p in [args.real, *args.fakes]]
     folders, files = [s for s in sides if s.files], [s for s in sides if not s.files]
     for s in files:
-        for flag in ("kid", "prdc", "floor", "save"):
+        for flag in ("kid", "prdc", "copies", "floor", "save"):
             if getattr(args, flag) and (s is real or flag != "floor"):
                 raise FidError(f"{s.path}: --{flag} needs the images, this file holds their mean and covariance only")
         if args.features == "random":
@@ -1164,6 +1213,14 @@ def _run(argv):
             s.n, s.features, s.statistics = len(f), f, None
         extra.append(("floor", sides[0].n, _compare(*sides, args)))
         _say(f"floor: two random halves of REAL, {sides[0].n} against {sides[1].n} images")
+    closest = []
+    if args.copies:
+        for f in fakes:
+            index, distance, _ = copies(real.features, f.features)
+            closest += [(f.files[i], real.files[index[i]], float(distance[i])) for i in distance.argsort(kind="stable")[:CLOSEST]]
+        closest = sorted(closest, key=lambda pair: pair[2])[:CLOSEST]
+        copy_sheet(args.copies, closest)
+        _say(f"copies: the share of fakes nearer to a real than that real is to any other real; the {len(closest)} closest pairs are in {args.copies}")
     if args.json:
         out = {"real": str(real.path), "n_real": real.n, "features": args.features, "dims": dims if args.features == "inception" else None,
                "resize": resize if args.features == "inception" else None, "precision": (args.precision or "fp32") if folders else None,
@@ -1171,6 +1228,8 @@ def _run(argv):
         entries = [{"fake": str(f.path), "name": n, "n_fake": f.n, **s} for (n, _, s), f in zip(rows, fakes)]
         out.update(entries[0] if len(entries) == 1 else {"fakes": entries} if entries else {})
         out.update({n: s if c is None else {"n": c, **s} for n, c, s in extra})
+        if closest:
+            out["closest"] = [{"fake": str(f), "real": str(r), "distance": d} for f, r, d in closest]
         print(json.dumps({**out, "seconds": round(time.monotonic() - begin, 2)}))
     elif len(rows) > 1:
         print("\n".join(_table(rows + extra)))
@@ -1183,7 +1242,7 @@ def _run(argv):
 
 def _measure(side, label, model, args, resize, ranks):
     """One pass over a folder; the features are kept only where something needs them."""
-    keep = args.kid or args.prdc or args.floor or model.kind == "random" or side.n <= 2 * model.dims
+    keep = args.kid or args.prdc or args.floor or args.copies or model.kind == "random" or side.n <= 2 * model.dims
     progress = _Progress(label, side.n) if int(os.environ.get("RANK", 0)) == 0 else None
     found = _extract(side.files, model, args.batch_size, args.workers, resize, args.skip_bad, keep, progress, ranks)
     if found.bad:

@@ -38,15 +38,14 @@ def recorded(shared, tmp_path_factory):
 
 def random_state(seed=0, counters=True):
     """A state dict of the network with random values, by name and shape as the standard file has them."""
-    g = torch.Generator().manual_seed(seed)
+    r = np.random.RandomState(seed)
     state = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
 
     def conv(name, x, out, kernel, stride, padding):
         cin = x.shape[1]
-        state[f"{name}.conv.weight"] = torch.randn(out, cin, *kernel, generator=g) * (2 / (cin * kernel[0] * kernel[1])) ** 0.5
-        for k, v in (("weight", torch.ones(out)), ("bias", torch.randn(out, generator=g) * 0.1),
-                     ("running_mean", torch.randn(out, generator=g) * 0.1), ("running_var", torch.rand(out, generator=g) + 0.5)):
-            state[f"{name}.bn.{k}"] = v
+        values = {"conv.weight": r.standard_normal((out, cin, *kernel)) * (2 / (cin * kernel[0] * kernel[1])) ** 0.5, "bn.weight": np.ones(out),
+                  "bn.bias": r.standard_normal(out) * 0.1, "bn.running_mean": r.standard_normal(out) * 0.1, "bn.running_var": r.uniform(0.5, 1.5, out)}
+        state.update({f"{name}.{k}": torch.from_numpy(v).float() for k, v in values.items()})
         if counters:
             state[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
         return torch.nn.functional.conv2d(x, torch.empty(out, cin, *kernel, device="meta"), stride=stride, padding=padding)
@@ -454,6 +453,15 @@ def test_folded_network_equals_batch_norm_in_float64(weights):
     np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=2e-5, atol=2e-5)
 
 
+def test_network_gives_the_values_it_gave_when_it_agreed_with_pytorch_fid(weights):
+    """For checkouts without the recorded fixture: kinds of pooling, padding, resize and range as on the day of parity."""
+    images = np.random.RandomState(0).randint(0, 256, (2, 20, 30, 3)).astype(np.uint8)
+    got = fid.features(images, weights=weights, device="cpu")
+    np.testing.assert_allclose(got[1, ::400], [2.32758, 7.43134, 0.0, 0.531368, 0.434538, 10.0015], rtol=1e-3, atol=1e-4)
+    clean = fid.features(images, weights=weights, device="cpu", resize="clean")
+    np.testing.assert_allclose(clean[1, ::400], [2.68915, 8.91217, 0.0, 0.619712, 0.474185, 11.7104], rtol=1e-3, atol=1e-4)
+
+
 def test_nothing_is_set_globally_and_nothing_drawn(small_model):
     state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark,
                      torch.backends.cudnn.allow_tf32, torch.random.get_rng_state().sum().item(), np.random.get_state()[2])
@@ -759,6 +767,42 @@ def test_random_features_are_never_called_fid(run, folders, no_network):
     assert got["rfd"] == pytest.approx(fid.random_distance(*f), rel=1e-5)
     write(folders / "large", pictures(6, size=40))
     assert "differ in size" in run(folders / "real", folders / "large", "--features", "random")[2]
+
+
+def test_copies_are_found_and_pictured(run, fails, folders, tmp_path, small_model):
+    real = write(tmp_path / "real é", pictures(40))
+    fake = write(tmp_path / "fake", pictures(30, 5))
+    copied = [3, 17, 29]
+    for i, j in enumerate(copied):              # nearly the same pixels
+        p = pictures(40)[j].astype(int)
+        p[0, 0] ^= 1
+        Image.fromarray(p.astype(np.uint8)).save(fake / f"{10 * i:03d}.png")
+    status, out, err = run(real, fake, folders / "G1", "--copies", tmp_path / "sheet.png", "--floor", "--json")
+    got = json.loads(out)
+    assert status == 0
+    assert [(c["fake"], c["real"]) for c in sorted(got["closest"][:3], key=lambda c: c["fake"])] == \
+        [(str(fake / f"{10 * i:03d}.png"), str(real / f"{j:03d}.png")) for i, j in enumerate(copied)]
+    assert len(got["closest"]) == 32 and [c["distance"] for c in got["closest"]] == sorted(c["distance"] for c in got["closest"])
+    f = {k: fid.features(p, model=small_model).astype(np.float64) for k, p in (("real", real), ("fake", fake))}
+    d = np.sqrt(((f["fake"][:, None] - f["real"][None]) ** 2).sum(2))
+    own = np.sqrt(((f["real"][:, None] - f["real"][None]) ** 2).sum(2)) + np.diag(np.full(40, np.inf))
+    index, distance, share = fid.copies(f["real"], f["fake"])
+    np.testing.assert_array_equal(index, d.argmin(1))
+    np.testing.assert_allclose(distance, d.min(1), rtol=1e-6, atol=1e-7)
+    assert share == (d.min(1) < own.min(1)[d.argmin(1)]).mean() >= 0.1
+    assert got["fakes"][0]["copies"] == pytest.approx(share) and 0 <= got["floor"]["copies"] <= 1
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG" and sheet.size == (4 * 272 + 16, 8 * 178 + 16)
+        pixels = np.asarray(sheet)
+    first = np.asarray(Image.fromarray(fid.read_image(got["closest"][0]["fake"])[0]).resize((126, 126), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(pixels[16:16 + 126, 16:16 + 126], first)
+    fails(real, fake, "--copies", tmp_path / "sheet.png", words=["sheet.png", "not overwritten"])
+    fails(real, fake, "--copies", tmp_path / "none/sheet.png", words=["none"])
+    fails(real, fake, "--copies", tmp_path / "sheet.gif", words=[".png"])
+    fails(real, "--copies", tmp_path / "other.png", "--floor", words=["FAKE"])
+    assert "rcopies: " in run(real, fake, "--copies", tmp_path / "r.png", "--features", "random")[1]
+    with pytest.raises(ValueError, match="at least 2"):
+        fid.copies(f["real"][:1], f["fake"])
 
 
 def test_floor_alone_and_underscores(run, folders):
