@@ -38,7 +38,6 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -140,7 +139,7 @@ class Script:
         sys.path.insert(0, str(self.path.parent))
         try:
             spec.loader.exec_module(module)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise UserError(f"{self.path} cannot be loaded: {where(e, self.path)}") from e
         finally:
             sys.path.remove(str(self.path.parent))
@@ -207,7 +206,10 @@ def calling(script, what):
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"{script.path}: {what} failed: {where(e, script.path)}") from e
+        text = where(e, script.path)
+        if dist.is_initialized() and not text.startswith("line "):  # not the script's doing: another rank is gone
+            raise
+        raise UserError(f"{script.path}: {what} failed: {text}") from e
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -231,7 +233,7 @@ def list_images(folder):
                 continue
             if e.is_dir():
                 walk(e.path, above | {real})
-            elif e.name.lower().endswith(IMAGE_TYPES):
+            elif e.name.lower().endswith(IMAGE_TYPES) and (e.is_file() or e.is_symlink()):      # a dead link is named as unreadable
                 path = Path(e.path)
                 parts = path.relative_to(folder).parts
                 found.append((path, parts[0] if len(parts) > 1 else None))
@@ -249,19 +251,18 @@ def decode(path, size):
     """Image file -> (uint8 (3, size, size), was it resized): RGB, centre square, antialiased; 16-bit is scaled to 8."""
     with Image.open(path) as im:
         im.load()
-        if im.mode.startswith("I") or im.mode == "F":
+        if im.mode.startswith("I") or im.mode == "F":               # 16 bits, or floats: in [0, 1] or [0, 255]
             a = np.asarray(im, np.float32)
-            a = a / 257 if im.mode.startswith("I;16") or a.max(initial=0) > 255 else a
+            a = a / 257 if im.mode != "F" else a * 255 if a.max(initial=0) <= 1 else a
             im = Image.fromarray(np.clip(np.rint(a), 0, 255).astype(np.uint8))
         im = im.convert("RGB")
         w, h = im.size
-        if (w, h) != (size, size):
+        resized = (w, h) != (size, size)
+        if resized:
             side = min(w, h)
             x, y = (w - side) // 2, (h - side) // 2
-            im2 = im.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
-        else:
-            im2 = im
-        return np.asarray(im2).transpose(2, 0, 1), im2 is not im
+            im = im.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
+        return np.asarray(im).transpose(2, 0, 1), resized
 
 
 def load_images(folder, size, conditional, skip_bad, say):
@@ -276,26 +277,28 @@ def load_images(folder, size, conditional, skip_bad, say):
         if len(classes) < 2:
             raise UserError(f"--data {folder}: one class folder only ({classes[0]}); a class-conditional model needs two or more")
 
-    def one(path):
+    images = np.empty((len(files), 3, size, size), np.uint8)
+
+    def one(k):
         try:
-            return decode(path, size)
+            images[k], resized = decode(files[k][0], size)
+            return resized
         except Exception as e:
-            return f"{path} ({' '.join(str(e).split()) or type(e).__name__})"
+            return f"{files[k][0]} ({' '.join(str(e).split()) or type(e).__name__})"
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:   # Pillow decodes outside the interpreter's lock
-        decoded = list(pool.map(one, [p for p, _ in files]))
-    bad = [d for d in decoded if isinstance(d, str)]
-    if bad and not skip_bad:
-        raise UserError(f"{len(bad)} of {len(files)} images cannot be read: {'; '.join(bad)}. Mend or remove them, or pass --skip-bad")
+        results = list(pool.map(one, range(len(files))))
+    bad = [r for r in results if isinstance(r, str)]
+    labels = np.array([classes.index(c) if conditional else 0 for _, c in files], np.int64)
     if bad:
+        if not skip_bad:
+            raise UserError(f"{len(bad)} of {len(files)} images cannot be read: {'; '.join(bad)}. Mend or remove them, or pass --skip-bad")
         say(f"Skipped {len(bad)} unreadable images: {'; '.join(bad)}.")
-    good = [(d, c) for d, (_, c) in zip(decoded, files) if not isinstance(d, str)]
-    resized = sum(d[1] for d, _ in good)
-    if resized:
-        say(f"{resized} of {len(good)} images were cut to their centre square and resized to {size}x{size}.")
-    images = np.stack([d[0] for d, _ in good]) if good else np.zeros((0, 3, size, size), np.uint8)
-    labels = np.array([classes.index(c) for _, c in good] if conditional else [0] * len(good), np.int64)
-    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels), classes
+        good = [k for k, r in enumerate(results) if not isinstance(r, str)]
+        images, labels = images[good], labels[good]
+    if (resized := sum(r is True for r in results)):
+        say(f"{resized} of {len(images)} images were cut to their centre square and resized to {size}x{size}.")
+    return torch.from_numpy(images), torch.from_numpy(labels), classes
 
 
 def synthetic_images(size, conditional):
@@ -1104,10 +1107,6 @@ def trainer_flags(p):
     p.add_argument("--sample", type=int, metavar="N", help="do not train: write N images per group of the run in --out to OUT/fakes/")
 
 
-def boolean(text):
-    raise argparse.ArgumentTypeError("takes no value")
-
-
 def parse(argv):
     """argv -> (settings, script, names of the flags that were given)."""
     argv = [("--" + a[2:].split("=")[0].replace("_", "-") + a[2 + len(a[2:].split("=")[0]):]) if a.startswith("--") else a for a in argv]
@@ -1674,11 +1673,14 @@ def main(argv=None):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"okd_train.py: error: {e}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as e:
+    except RuntimeError as e:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
-        print(f"okd_train.py: rank {os.environ['RANK']} lost contact with another rank: {' '.join(str(e).split())[:160]}", file=sys.stderr, flush=True)
+        print(f"okd_train.py: rank {os.environ['RANK']} cannot go on: {' '.join(str(e).split())[:160]}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\nokd_train.py: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def obvious_step(t, detach):
     """The step as it is usually written, on okd_train's networks and optimisers. Groups update one after the other."""
-    import okd_train
     s = t.s
     d = t.inputs(t.step_count)[0]
     labels = (d["y"],) if t.conditional else ()

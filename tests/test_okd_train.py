@@ -710,7 +710,11 @@ def test_links_hidden_files_and_loops(photos, tmp_path):
     (tmp_path / "b" / "._x.png").write_bytes(b"resource fork")
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / "__MACOSX" / "y.png").write_bytes(b"")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
     assert len(okd_train.list_images(tmp_path)) == 12
+    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(okd_train.UserError, match="gone.png"):
+        okd_train.load_images(tmp_path, 8, False, False, print)
 
 
 def test_the_synthetic_default_is_deterministic():

@@ -1,5 +1,4 @@
 """okd_train.py on many processes: the same numbers for any placement, replicas that act as one batch, deaths and restarts."""
-import json
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 import okd_train
-from test_okd_train import OTHER, TINY, assert_same, flat, logs
+from test_okd_train import OTHER, TINY, assert_same, logs
 
 ENV = dict(os.environ, OMP_NUM_THREADS="1")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
