@@ -1,6 +1,6 @@
 """Times self-attention and its derivatives against everything else that computes them.
 
-    python -m kernels.bench_attention                              # on a GPU: all shapes, about 8 minutes
+    python -m kernels.bench_attention                              # on a GPU: all shapes
     python -m kernels.bench_attention --shapes 8,64,1024 --batch-size 64 --precision tf32
     python -m kernels.bench_attention --device cpu --shapes 8,64,1024 --batch-size 4     # eager rows only
 
@@ -27,7 +27,7 @@ from . import reference as R
 SHAPES = [(32, 256, 64), (64, 512, 16), (16, 128, 256), (8, 64, 1024), (8, 64, 4096), (32, 256, 4096)]      # Cq, C, N
 BATCH_SIZES = [25, 64]
 PHASES = ["forward", "forward+backward", "penalty", "second backward"]
-ROWS = ["eager", "compiled eager", "sdpa math", "sdpa efficient", "explicit formulas", "ours"]
+ROWS = ["eager", "eager in blocks", "compiled eager", "sdpa math", "sdpa efficient", "explicit formulas", "ours"]
 FIELDS = ["date", "device", "torch", "triton", "Cq", "C", "N", "B", "precision", "phase", "graph", "impl", "median_us", "q20_us", "q80_us",
           "vs_eager", "of_floor", "peak_mib", "note"]
 # Peaks of one H200 for the floor; other chips are scaled by nothing and say so in the table's head. FLOP/s and bytes/s.
@@ -72,8 +72,9 @@ def sdpa(backend):
 
 def rival(name, precision):
     if name == "compiled eager":
-        return torch.compile(R.attention)
-    return {"eager": R.attention, "sdpa math": sdpa("MATH"), "sdpa efficient": sdpa("EFFICIENT_ATTENTION"), "explicit formulas": Formulas.apply,
+        torch.compiler.reset()
+        return torch.compile(R.attention, dynamic=False)
+    return {"eager": R.attention, "eager in blocks": R.attention_blocked, "sdpa math": sdpa("MATH"), "sdpa efficient": sdpa("EFFICIENT_ATTENTION"), "explicit formulas": Formulas.apply,
             "ours": lambda q, k, v: A.self_attention(q, k, v, impl="triton", precision=None if precision == "bf16" else precision)}[name]
 
 
@@ -109,17 +110,18 @@ def floor_us(phase, Cq, C, N, B, precision):
     return sum(max(2 * B * N * N * macs / PEAK[precision], width * B * N * (2 * C + 2 * Cq) * passes / BYTES_PER_S) for macs, passes in parts) * 1e6
 
 
-def capture(call):
-    stream = torch.cuda.Stream()
+def capture(build):
+    """build() and its call on one stream, replayed from a CUDA graph: autograd runs a backward on its forward's stream."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        call = build()
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = call()
+    return lambda: (graph.replay(), kept)       # the graph writes into what its call returned
 
 
 def quantiles(call, device, milliseconds):
@@ -154,11 +156,13 @@ def measure(shape, B, phase, precision, graph, device="cuda", milliseconds=100, 
         for name in only:
             row = dict(impl=name, median_us=None, q20_us=None, q80_us=None, vs_eager=None, of_floor=None, peak_mib=None, note="")
             rows.append(row)
-            if device == "cpu" and name not in ("eager", "explicit formulas", "sdpa math"):
+            if device == "cpu" and name not in ("eager", "eager in blocks", "explicit formulas", "sdpa math"):
                 row["note"] = "needs a GPU"
                 continue
             try:
-                call = phase_call(phase, rival(name, precision), tensors)
+                attend = rival(name, precision)
+                build = lambda: phase_call(phase, attend, tensors)      # noqa: E731
+                call = build()
                 if device == "cuda":
                     call()
                     torch.cuda.synchronize()
@@ -166,7 +170,7 @@ def measure(shape, B, phase, precision, graph, device="cuda", milliseconds=100, 
                     before = torch.cuda.memory_allocated()
                     call()
                     row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-                q20, median, q80 = quantiles(capture(call) if graph else call, device, milliseconds)
+                q20, median, q80 = quantiles(capture(build) if graph else call, device, milliseconds)
             except Exception as error:      # whatever a rival raises is its row's result
                 row["note"] = why_not(error)
                 if device == "cuda":

@@ -18,18 +18,18 @@ def attention(q, k, v):
 
 
 def attention_blocked(q, k, v):
-    """The same by blocks of at most BLOCK_BYTES (one row at least): for the CPU, where a matrix of B x N x N leaves
-    the cache and the allocator hands its pages back after every use. Small inputs go through `attention`."""
+    """The same by blocks of images, or of rows where one image is larger, of at most BLOCK_BYTES (one row at least). For
+    the CPU: a matrix of B x N x N leaves the cache, and the allocator hands its pages back after every use."""
     B, _, N = q.shape
     row = N * q.element_size()
-    if B * N * row <= 2 * BLOCK_BYTES:
+    images, rows = BLOCK_BYTES // (N * row), max(1, BLOCK_BYTES // row)
+    if B <= images:
         return attention(q, k, v)
-    rows = max(1, min(N, BLOCK_BYTES // row))
-    images = []
-    for a, b, c in zip(q.unbind(), k.unbind(), v.unbind()):
-        c = c.t()
-        images.append(torch.cat([torch.softmax(x.t() @ b, -1) @ c for x in a.split(rows, 1)]).t())
-    return torch.stack(images)
+    if images:
+        return torch.cat([attention(*block) for block in zip(q.split(images), k.split(images), v.split(images))])
+    return torch.stack([
+        torch.cat([torch.softmax(x.t() @ b, -1) @ c.t() for x in a.split(rows, 1)]).t()
+        for a, b, c in zip(q.unbind(), k.unbind(), v.unbind())])
 
 
 def _softmax_map(p, x):
