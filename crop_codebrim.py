@@ -601,6 +601,18 @@ def cut(photo, windows, size):
             raise Unusable("photo that is truncated or damaged")
 
 
+@contextlib.contextmanager
+def kept_blocks(blocks):
+    """Let Pillow keep that many freed blocks of 16 MB for the next photo (24 megapixels take six): else the kernel hands out and
+    clears the same memory anew for each photo, which costs 5 to 9 % of the processor time."""
+    before = Image.core.get_blocks_max()
+    Image.core.set_blocks_max(max(blocks, before))
+    try:
+        yield
+    finally:
+        Image.core.set_blocks_max(before)
+
+
 def safe_stems(photos):
     """{photo name: beginning of its crops' file names}: the stem, with the folders where two photos share it."""
     stem = {p.name: Path(p.name).stem for p in photos}
@@ -646,7 +658,8 @@ def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", bala
     stems, names = safe_stems(photos), columns(photos)
     rows, used, broken, seen, done, total = [], collections.defaultdict(set), set(), set(), 0, 0
     n_crops = 0
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:       # Pillow decodes, and zlib packs, outside the interpreter's lock
+    # threads: Pillow decodes, and zlib packs, outside the interpreter's lock
+    with kept_blocks(7 * workers), concurrent.futures.ThreadPoolExecutor(workers) as pool:
         while True:
             before = len(rows)
             for b in sorted(buckets, key=lambda b: -b.scarcity):
@@ -657,7 +670,8 @@ def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", bala
             todo = collections.defaultdict(list)
             for r in rows[before:]:
                 todo[r.photo.name].append(r)
-            order, running = sorted(todo), collections.deque()
+            pixels = {name: group[0].photo.width * group[0].photo.height for name, group in todo.items()}
+            order, running = sorted(todo, key=lambda name: (-pixels[name], name)), collections.deque()      # largest first: no worker ends late
             total += len(order)
             try:
                 for i, name in enumerate(order):
