@@ -301,7 +301,8 @@ def copies(real, fake):
     """Every fake's nearest real: (index (n2,) into real, distance (n2,), share of fakes that look copied), features (n1, d), (n2, d).
 
     A fake counts when it is nearer to its nearest real than that real is to its own nearest other real. Fresh images of the same kind count
-    too, about half of them: compare the share with that between two halves of the real images. FidError for fewer than 2 reals.
+    too (0.1 to 0.7 of them, the fewer the more dimensions their spread has): compare the share with that between two halves of the real
+    images, not with 0. FidError for fewer than 2 reals.
     """
     real, fake = _rows(real, "real"), _rows(fake, "fake")
     if real.shape[1] != fake.shape[1] or len(real) < 2:
@@ -678,14 +679,15 @@ def _channels_last_array(images):
     return images.transpose(0, 2, 3, 1) if isinstance(images, np.ndarray) else images.permute(0, 2, 3, 1)
 
 
-def _network_input(images, model):
-    """Tensors for the network, lists of (H, W, 3) arrays grouped by equal size: (k, 3, 299, 299), or the images' own size if the network has none."""
+def _network_input(images, model, step):
+    """Yields (k, 3, 299, 299) float32 for k <= step neighbours of equal size, at their own size if the network has none."""
     import torch
     import torch.nn.functional as F
     start = 0
     while start < len(images):
         shape, stop = images[start].shape, start + 1
-        while stop < len(images) and images[stop].shape == shape and (stop - start + 1) * shape[0] * shape[1] <= 1 << 22:
+        while stop < len(images) and images[stop].shape == shape and stop - start < step \
+                and (stop - start + 1) * shape[0] * shape[1] <= 1 << 22:
             stop += 1                           # at most 4 Mpx at once as floats
         group = images[start:stop]
         if isinstance(group, list):
@@ -714,7 +716,7 @@ def _forward(model, images, batch_size):
             out.append(model(part)[:k].float().cpu().numpy())
 
     with torch.inference_mode():
-        for x in _network_input(images, model):
+        for x in _network_input(images, model, step):
             waiting.append(x)
             if not model.size or sum(map(len, waiting)) >= step:
                 run(waiting[0] if len(waiting) == 1 else torch.cat(waiting))
@@ -914,6 +916,9 @@ def load_statistics(path):
                 raise FidError(f"{path}: no FID statistics: keys mu and sigma are needed, there are {', '.join(f.files) or 'none'}")
             mu, sigma = _check_statistics(f["mu"], f["sigma"], path)
             said = {k: f[k].item() if k in f.files and f[k].size == 1 else None for k in ("n", "resize", "weights")}
+        for k, kind in (("n", int), ("resize", str), ("weights", str)):
+            if said[k] is not None and not isinstance(said[k], kind) or k == "n" and said[k] is not None and said[k] < 2:
+                raise FidError(f"{path}: {k} = {said[k]!r} makes no sense")
     except FidError:
         raise
     except Exception as e:                      # zip, zlib and numpy raise a dozen types for a cut or hostile file
@@ -955,8 +960,8 @@ def _fresh(path):
     path = Path(path)
     if os.path.lexists(path):
         raise FidError(f"{path} exists and is not overwritten: delete it or choose another name")
-    if not path.parent.is_dir():
-        raise FidError(f"{path}: there is no folder {path.parent}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise FidError(f"{path}: there is no folder {path.parent} that can be written to")
     return path
 
 
@@ -999,7 +1004,7 @@ def _arguments(argv):
     p.add_argument("real", metavar="REAL", help="folder of images, or an .npz file with mu and sigma")
     p.add_argument("fakes", metavar="FAKE", nargs="*", help="likewise; several give a table")
     p.add_argument("--dims", type=int, choices=DIMS, help="layer of the network (default 2048); readings of different dims do not compare")
-    p.add_argument("--batch-size", type=count(1), default=50, help="images per pass; on the CPU at most %d at once (default 50)" % PIECE)
+    p.add_argument("--batch-size", type=count(1), help="images per pass; on the CPU at most %d at once (default 50)" % PIECE)
     p.add_argument("--workers", type=count(0), help="threads that decode images (default: min(8, CPUs))")
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     p.add_argument("--weights", help="Inception weights (default: $FID_WEIGHTS, torch.hub's folder, else downloaded)")
@@ -1009,7 +1014,7 @@ def _arguments(argv):
     p.add_argument("--prdc", action="store_true", help="precision, recall, density, coverage with k = 5 neighbours")
     p.add_argument("--floor", action="store_true", help="the same scores between two random halves of REAL: what a perfect generator would get")
     p.add_argument("--copies", metavar="PNG", help=f"picture of the {CLOSEST} fakes closest to a real beside it, and the share of fakes nearer to a real "
-                   "than that real is to any other (about 0.5 for fresh images of the same kind; see --floor)")
+                   "than that real is to any other (not 0 for fresh images of the same kind either: compare with --floor)")
     p.add_argument("--features", choices=("inception", "random"), default="inception",
                    help="random: five fixed random networks, no weights needed; prints rFD, which only orders sets against the same REAL")
     p.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -1149,9 +1154,9 @@ def _run(argv):
     digest = next((s.said["weights"] for s in files if s.said["weights"]), None)
     if folders and args.features == "inception":
         weights = find_weights(args.weights, download=world == 1) if world == 1 else None
-    for flag in ("weights", "device", "precision"):
-        if not folders and getattr(args, flag) is not None:
-            raise FidError(f"--{flag} has no meaning where both sides are .npz files")
+    for flag in ("weights", "device", "precision", "batch-size", "workers", "skip-bad"):
+        if not folders and getattr(args, flag.replace("-", "_")) not in (None, False):
+            raise FidError(f"--{flag} has no meaning where all sides are .npz files")
     if args.floor and real.n < 4:
         raise FidError(f"{real.path}: a floor needs at least 4 images, there are {real.n}")
     for s in sides:
@@ -1244,7 +1249,7 @@ def _measure(side, label, model, args, resize, ranks):
     """One pass over a folder; the features are kept only where something needs them."""
     keep = args.kid or args.prdc or args.floor or args.copies or model.kind == "random" or side.n <= 2 * model.dims
     progress = _Progress(label, side.n) if int(os.environ.get("RANK", 0)) == 0 else None
-    found = _extract(side.files, model, args.batch_size, args.workers, resize, args.skip_bad, keep, progress, ranks)
+    found = _extract(side.files, model, args.batch_size or 50, args.workers, resize, args.skip_bad, keep, progress, ranks)
     if found.bad:
         _say(f"{side.path}: {len(found.bad)} of {side.n} images cannot be read and are left out: {', '.join(found.bad)}")
     if found.deep:

@@ -455,16 +455,18 @@ def test_folded_network_equals_batch_norm_in_float64(weights):
 
 def test_network_gives_the_values_it_gave_when_it_agreed_with_pytorch_fid(weights):
     """For checkouts without the recorded fixture: kinds of pooling, padding, resize and range as on the day of parity."""
-    images = np.random.RandomState(0).randint(0, 256, (2, 20, 30, 3)).astype(np.uint8)
+    images = np.random.RandomState(0).randint(0, 256, (2, 400, 30, 3)).astype(np.uint8)
     got = fid.features(images, weights=weights, device="cpu")
-    np.testing.assert_allclose(got[1, ::400], [2.32758, 7.43134, 0.0, 0.531368, 0.434538, 10.0015], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(got[1, ::400], [2.62297, 8.61638, 0.0, 0.551742, 0.358973, 11.3806], rtol=1e-3, atol=1e-4)
     clean = fid.features(images, weights=weights, device="cpu", resize="clean")
-    np.testing.assert_allclose(clean[1, ::400], [2.68915, 8.91217, 0.0, 0.619712, 0.474185, 11.7104], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(clean[1, ::400], [2.75282, 9.10345, 0.0, 0.584035, 0.408616, 11.8535], rtol=1e-3, atol=1e-4)
 
 
-def test_nothing_is_set_globally_and_nothing_drawn(small_model):
+def test_nothing_is_set_globally_and_nothing_drawn(small_model, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark,
-                     torch.backends.cudnn.allow_tf32, torch.random.get_rng_state().sum().item(), np.random.get_state()[2])
+                     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.conv.fp32_precision, torch.random.get_rng_state().sum().item(), np.random.get_state()[2])
     before = state()
     fid.features(pictures(3), model=small_model)
     fid.features(pictures(3), features="random", device="cpu")
@@ -848,11 +850,13 @@ def test_statistics_that_do_not_belong_together(run, fails, folders, tmp_path, w
     for flag in ("--kid", "--prdc", "--floor"):
         fails(tmp_path / "a.npz", g1, flag, words=[flag, "a.npz"])
     fails(tmp_path / "a.npz", g1, "--features", "random", words=["a.npz", "random"])
+    for flag in ("--batch-size=5", "--skip-bad", "--workers=1", "--device=cpu", "--weights=w"):
+        fails(tmp_path / "a.npz", tmp_path / "a.npz", flag, weigh=False, words=[flag.split("=")[0]])
     fails("--save", tmp_path / "b.npz", tmp_path / "a.npz", words=["--save", "a.npz"])
 
 
 @pytest.mark.parametrize("kind,words", [("text", "readable"), ("empty", "readable"), ("keys", "mu and sigma"), ("pickle", "readable"), ("shape", "fit together"),
-                                        ("nan", "not finite"), ("skew", "symmetric"), ("cut", "readable"), ("complex", "real numbers"), ("huge", "1 GB"),
+                                        ("nan", "not finite"), ("skew", "symmetric"), ("cut", "readable"), ("complex", "real numbers"), ("huge", "1 GB"), ("n", "n = 'a'"), ("n0", "n = 0"),
                                         ("text_arrays", "real numbers")])
 def test_bad_statistics_files(fails, tmp_path, monkeypatch, kind, words):
     path = tmp_path / "bad.npz"
@@ -870,7 +874,7 @@ def test_bad_statistics_files(fails, tmp_path, monkeypatch, kind, words):
     else:
         np.savez(path, **{"keys": {"feats": np.zeros(4)}, "pickle": {**good, "mu": np.array([Evil()], object)}, "shape": {**good, "sigma": np.eye(3)},
                           "nan": {**good, "mu": np.full(4, np.nan)}, "skew": {**good, "sigma": np.triu(np.ones((4, 4)))},
-                          "complex": {**good, "mu": np.zeros(4, complex)}, "text_arrays": {**good, "mu": np.array(["a"] * 4)}}[kind])
+                          "complex": {**good, "mu": np.zeros(4, complex)}, "text_arrays": {**good, "mu": np.array(["a"] * 4)}, "n": {**good, "n": "a"}, "n0": {**good, "n": 0}}[kind])
     np.savez(tmp_path / "good.npz", **good)
     fails(path, tmp_path / "good.npz", weigh=False, words=["bad.npz", words])
     assert not (tmp_path / "executed").exists()
