@@ -27,7 +27,7 @@ from . import reference as R
 SHAPES = [(32, 256, 64), (64, 512, 16), (16, 128, 256), (8, 64, 1024), (8, 64, 4096), (32, 256, 4096)]      # Cq, C, N
 BATCH_SIZES = [25, 64]
 PHASES = ["forward", "forward+backward", "penalty", "second backward"]
-ROWS = ["eager", "eager in blocks", "compiled eager", "sdpa math", "sdpa efficient", "explicit formulas", "ours"]
+ROWS = ["eager", "eager v P^T", "eager in blocks", "compiled eager", "sdpa math", "sdpa efficient", "explicit formulas", "ours"]
 FIELDS = ["date", "device", "torch", "triton", "Cq", "C", "N", "B", "precision", "phase", "graph", "impl", "median_us", "q20_us", "q80_us",
           "vs_eager", "of_floor", "peak_mib", "note"]
 # Peaks of one H200 for the floor; other chips are scaled by nothing and say so in the table's head. FLOP/s and bytes/s.
@@ -61,6 +61,11 @@ class FormulasBackward(Function):
         return R.second_derivatives(*ctx.saved_tensors, a, b, e)
 
 
+def usual(q, k, v):
+    """The form most SAGAN code has; see reference.attention for what it costs."""
+    return torch.bmm(v, torch.softmax(torch.bmm(q.transpose(1, 2), k), -1).transpose(1, 2))
+
+
 def sdpa(backend):
     def attend(q, k, v):
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -74,7 +79,7 @@ def rival(name, precision):
     if name == "compiled eager":
         torch.compiler.reset()
         return torch.compile(R.attention, dynamic=False)
-    return {"eager": R.attention, "eager in blocks": R.attention_blocked, "sdpa math": sdpa("MATH"), "sdpa efficient": sdpa("EFFICIENT_ATTENTION"), "explicit formulas": Formulas.apply,
+    return {"eager": R.attention, "eager v P^T": usual, "eager in blocks": R.attention_blocked, "sdpa math": sdpa("MATH"), "sdpa efficient": sdpa("EFFICIENT_ATTENTION"), "explicit formulas": Formulas.apply,
             "ours": lambda q, k, v: A.self_attention(q, k, v, impl="triton", precision=None if precision == "bf16" else precision)}[name]
 
 
@@ -156,7 +161,7 @@ def measure(shape, B, phase, precision, graph, device="cuda", milliseconds=100, 
         for name in only:
             row = dict(impl=name, median_us=None, q20_us=None, q80_us=None, vs_eager=None, of_floor=None, peak_mib=None, note="")
             rows.append(row)
-            if device == "cpu" and name not in ("eager", "eager in blocks", "explicit formulas", "sdpa math"):
+            if device == "cpu" and name not in ("eager", "eager v P^T", "eager in blocks", "explicit formulas", "sdpa math"):
                 row["note"] = "needs a GPU"
                 continue
             try:

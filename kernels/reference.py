@@ -5,7 +5,9 @@ Positions stand last as in the kernels' interface: q, k (B, Cq, N), v, o, g (B, 
 """
 import torch
 
-BLOCK_BYTES = 4 << 20       # of one block of attention_blocked: measured in README.md, "On the CPU"
+# Of one block of attention_blocked. Smaller blocks are a little faster still on idle cores (README.md), but where another
+# process shares the cores every parallel region waits for its slowest thread, and small blocks have many regions.
+BLOCK_BYTES = 16 << 20
 
 
 def attention(q, k, v):
