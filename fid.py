@@ -1182,6 +1182,8 @@ def _run(argv):
             for s, label in zip(sides, ["real"] + [f"fake {i + 1} of {len(fakes)}" if len(fakes) > 1 else "fake" for i in range(len(fakes))]):
                 if s.files:
                     _measure(s, label, model, args, resize, ranks)
+            if world > 1:
+                ranks.barrier()                 # nobody takes the group down while another still receives
         finally:
             if world > 1 and ranks.is_initialized():
                 ranks.destroy_process_group()
