@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,8 @@ def device(request):
         pytest.skip("the package triton is not installed")
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("a GPU is here: the kernels run natively")
+    if request.param == "cpu" and version("triton").startswith("3.6.") and tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 fails in every loop with numpy 2.4 or newer")
     return request.param
 
 
@@ -586,13 +589,18 @@ def test_every_row_compiles_within_the_chip():
     env.update(TRITON_ALWAYS_COMPILE="1", TRITON_DUMP_PTXAS_LOG="1", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     running = {sm: subprocess.Popen([sys.executable, __file__, "compile", str(sm)], cwd=ROOT, env=env, text=True,
                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE) for sm in (80, 90)}
-    for sm, process in running.items():
-        out, err = process.communicate()
-        assert process.returncode == 0, err[-3000:]
-        lines = [line.split() for line in out.splitlines()]
-        assert {(name, arith) for name, arith, *_ in lines} >= {(name, arith) for name in A.TABLE for arith in DTYPES}
-        bad = [line for line in lines if int(line[4]) > 256 or float(line[5]) > A.SHARED_KIB]
-        assert not bad, (sm, bad)
+    try:
+        for sm, process in running.items():
+            out, err = process.communicate()
+            assert process.returncode == 0, err[-3000:]
+            lines = [line.split() for line in out.splitlines()]
+            assert {(name, arith) for name, arith, *_ in lines} >= {(name, arith) for name in A.TABLE for arith in DTYPES}
+            bad = [line for line in lines if int(line[4]) > 256 or float(line[5]) > A.SHARED_KIB]
+            assert not bad, (sm, bad)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
 
 
 # On a GPU only --------------------------------------------------------------------------------------------------
