@@ -1354,6 +1354,8 @@ def git_revision():
 def train(s, script, named, changed):
     keep_freed_memory()
     device = pick_device(s.device)
+    if s.quick and device.type == "cpu":
+        torch.set_num_threads(1)                                    # at this size a second one gains little, and much is lost where cores are shared
     ranks = Ranks(s.groups, s.batch_size, device)
     say = (lambda text: print(text, flush=True)) if ranks.rank == 0 else (lambda text: None)
     out = Path(s.out)
@@ -1624,8 +1626,13 @@ def processes(s):
         return 1
     if s.nproc is not None:
         return s.nproc
-    cuda = s.device is None or s.device == "cuda"
-    return min(torch.cuda.device_count(), s.groups) if cuda and torch.cuda.is_available() else 1
+    if torch.cuda.is_available() and s.device in (None, "cuda"):
+        return min(torch.cuda.device_count(), s.groups)
+    return min(2, s.groups, cores()) if s.quick and s.sample is None and s.device in (None, "cpu") else 1
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launch(n, argv, device):
@@ -1639,7 +1646,7 @@ def launch(n, argv, device):
                     "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT") or name.startswith("TORCHELASTIC_"):
             del os.environ[name]
     if device == "cpu":
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) // n)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)        # its report would bury our one line
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=f"okd{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                           max_restarts=0, monitor_interval=0.1, start_method="spawn")
@@ -1663,7 +1670,8 @@ def main(argv=None):
         changed = settle(s, script, named)
         n = processes(s)
         if n > 1:
-            print(f"Starting {n} processes on this machine, {'one per GPU' if s.nproc is None else '--nproc ' + str(n)} (--nproc 1 forbids).", flush=True)
+            why = f"--nproc {n}" if s.nproc is not None else "one per GPU" if torch.cuda.is_available() else "quicker than one at this size"
+            print(f"Starting {n} processes on this machine: {why} (--nproc 1 forbids).", flush=True)
             launch(n, argv, pick_device(s.device).type)
         elif s.sample is not None:
             sample(s, script)
