@@ -1231,7 +1231,7 @@ def _run(argv):
     if args.json:
         out = {"real": str(real.path), "n_real": real.n, "features": args.features, "dims": dims if args.features == "inception" else None,
                "resize": resize if args.features == "inception" else None, "precision": (args.precision or "fp32") if folders else None,
-               "weights": digest and digest[:8], "k": 5 if args.prdc else None}
+               "weights": digest[:8] if digest and args.features == "inception" else None, "k": 5 if args.prdc else None}
         entries = [{"fake": str(f.path), "name": n, "n_fake": f.n, **s} for (n, _, s), f in zip(rows, fakes)]
         out.update(entries[0] if len(entries) == 1 else {"fakes": entries} if entries else {})
         out.update({n: s if c is None else {"n": c, **s} for n, c, s in extra})
@@ -1299,9 +1299,14 @@ def main(argv=None):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+    except OSError as e:                        # stdout on a full disk, a folder that went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"fid.py: {e}", file=sys.stderr, flush=True)
+        return 2
     finally:
         warnings.showwarning = shown
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # file names need not be text
     sys.exit(main())

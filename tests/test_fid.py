@@ -934,6 +934,31 @@ def test_help_errors_and_npz_do_not_import_torch(root, folders, tmp_path):
     assert p.returncode == 0, p.stderr
 
 
+def test_names_that_are_no_text_and_a_full_disk(root, folders, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/\xff fakes"
+    os.mkdir(odd)
+    for i, p in enumerate(pictures(6, 1)):
+        Image.fromarray(p).save(os.path.join(os.fsdecode(odd), f"{i}.png"))
+    with open(odd + b"/\xfe.png", "w") as f:
+        f.write("x")
+    go = lambda *argv, **k: subprocess.run([sys.executable, root / "fid.py", folders / "real", odd, folders / "G1", "--features", "random", *argv],
+                                           stderr=subprocess.PIPE, text=True, **k)
+    p = go("--skip-bad", stdout=subprocess.PIPE)
+    assert p.returncode == 0 and "fakes" in p.stdout and "1 of 7 images" in p.stderr
+    with open("/dev/full", "w") as full:
+        p = go("--skip-bad", stdout=full)
+    assert p.returncode == 2 and "Traceback" not in p.stderr and p.stderr.splitlines()[-1].startswith("fid.py: ")
+
+
+def test_progress_says_rate_and_time_left(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(fid.time, "monotonic", lambda: now[0])
+    progress = fid._Progress("real", 300)
+    for now[0], done in ((110.0, 50), (125.0, 100), (130.0, 120), (160.0, 300)):
+        progress(done)
+    assert capsys.readouterr().err.splitlines() == ["real: 100/300 images, 4.0 images/s, 50 s left", "real: 300/300 images, 5.0 images/s"]
+
+
 def test_two_ranks_print_what_one_prints(root, folders, weights, tmp_path, run):
     bad = write(tmp_path / "bad", pictures(9))
     for i in (2, 6):
