@@ -595,7 +595,7 @@ class Network:
         with parametrize.cached():
             out = loss()
             value, logs = out if isinstance(out, tuple) else (out, {})
-            (value * self.ranks.share if self.ranks else value).backward()
+            (value * self.ranks.share if self.ranks else value).backward(inputs=self.params)     # not into the penalty's images
         if self.ranks:                                              # means over shares add up to the mean over the batch
             self.ranks.sum_gradients(self.params)
         self.opt.step()

@@ -1,6 +1,7 @@
 """okd_train.py on many processes: the same numbers for any placement, replicas that act as one batch, deaths and restarts."""
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,11 +56,13 @@ def test_the_checkpoint_does_not_depend_on_the_number_of_processes(model, photos
     argv = ["--model", model, "--data", photos, "--log-every", "2", "--seed", "3", "--n-critic", "2", *(TINY if isinstance(model, str) else [])]
     okd_train.main([*map(str, argv), "--steps", "4", "--out", str(tmp_path / "w1")])
     torchrun(3, *argv, "--steps", "2", "--out", tmp_path / "w3")
+    shutil.copytree(tmp_path / "w3", tmp_path / "w31")
     torchrun(2, *argv, "--steps", "4", "--out", tmp_path / "w3", "--resume")             # saved on three, goes on on two
+    okd_train.main([*map(str, argv), "--steps", "4", "--out", str(tmp_path / "w31"), "--resume"])    # and on one
     subprocess.run([sys.executable, okd_train.__file__, *map(str, argv), "--steps", "2", "--nproc", "2", "--out", str(tmp_path / "w2")],
                    env=ENV, check=True, timeout=120, capture_output=True)
     okd_train.main([*map(str, argv), "--steps", "4", "--out", str(tmp_path / "w2"), "--resume"])     # saved on two, goes on on one
-    for other in ("w2", "w3"):
+    for other in ("w2", "w3", "w31"):
         assert_same(checkpoint(tmp_path / "w1"), checkpoint(tmp_path / other))
         assert_same(okd_train.load_file(tmp_path / "w1" / "G3.pt"), okd_train.load_file(tmp_path / other / "G3.pt"))
         assert logs(tmp_path / "w1") == logs(tmp_path / other)
