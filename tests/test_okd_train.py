@@ -530,7 +530,6 @@ def test_kill_9_at_random_moments(photos, tmp_path):
     assert kills >= 2 and p.returncode == 0
     assert_same(*(okd_train.load_file(tmp_path / d / "checkpoint.pt") for d in ("whole", "parts")))
     assert logs(tmp_path / "whole") == logs(parts) and [x["step"] for x in logs(parts)] == list(range(1, 41))
-    assert not list(parts.glob(".*tmp*")) or kills                  # a killed save leaves at most its temporary file
 
 
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
