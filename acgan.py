@@ -87,16 +87,20 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         h = self.net(x)
-        return self.source(h).flatten(), self.label(h)
+        return self.source(h).flatten().float(), self.label(h).float()              # autocast may have made them bf16
 
 
 # ---------------------------------------------------------------------------------------------- losses
+autocast = True                 # with --precision bf16 the trainer calls these losses under autocast; the penalty leaves it
+
+
 def _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, aux):
-    (s_real, c_real), (s_fake, c_fake) = D(real), D(fake)           # two passes: BatchNorm sees real and fake apart
     if loss == "bce":
+        (s_real, c_real), (s_fake, c_fake) = D(real), D(fake)       # two passes: BatchNorm sees real and fake apart
         source = (F.binary_cross_entropy_with_logits(s_real, torch.ones_like(s_real))
                   + F.binary_cross_entropy_with_logits(s_fake, torch.zeros_like(s_fake)))
     else:
+        (s_real, s_fake), (c_real, c_fake) = (a.split(len(real)) for a in D(torch.cat([real, fake])))
         source = s_fake.mean() - s_real.mean()
     classes = F.cross_entropy(c_real, y_real) + F.cross_entropy(c_fake, y_fake)
     logs = {"w": (s_real.mean() - s_fake.mean()).detach(), "class_loss": classes.detach(),

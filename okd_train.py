@@ -45,6 +45,11 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn.utils import parametrize
 
+try:
+    from kernels.convolution import fast_second_derivative
+except ImportError:                                                 # this file was copied alone
+    fast_second_derivative = None
+
 # ---------------------------------------------------------------------------------------------- settings
 # What the trainer knows by itself. A model script's hparams may bring other defaults for these, and further keys.
 TRAINER_HPARAMS = dict(
@@ -66,7 +71,9 @@ EMA = 0.999                     # of the generators; everything that is looked a
 IMAGE_TYPES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CHUNK = 50                      # images per forward when sampling: fixed, so that an image does not depend on how many are asked for
 FORMAT = "okd-gan 1"            # of checkpoint.pt
-MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc"}    # on --resume
+MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc", "cuda_graph"}    # on --resume
+WARM_UP = 3                     # steps before a capture: cuDNN, cuBLAS, Triton and Adam make what they need at their first call
+PROOF = 1e-2                    # largest difference of a replay to an eager step, of each network's largest gradient: roundings stay far below, what went stale far above
 OUTER = "OKD_TRAIN_AGENT"       # which torchrun started us, told to the processes that we start ourselves
 TIMEOUT = datetime.timedelta(minutes=10)    # after which a rank that waits for another gives up
 
@@ -156,6 +163,7 @@ class Script:
         if not isinstance(own, dict):
             raise UserError(f"{self.path}: hparams is a {type(own).__name__}; it must be a flat dict")
         self.conditional = "n_classes" in own
+        self.autocast = bool(getattr(module, "autocast", False))    # its losses are written for bf16 and keep the penalty out of it
         readers = [set(inspect.signature(f).parameters) for f in self.callables()]
         self.hparams = {k: v for k, v in {**TRAINER_HPARAMS, **OWN_LOSS_HPARAMS}.items()
                         if k in TRAINER_HPARAMS or any(k in r for r in readers)}
@@ -552,9 +560,10 @@ class Network:
     def __init__(self, net, lr, s, ranks=None):
         self.net, self.ranks = net, ranks if ranks and ranks.replicas > 1 else None
         self.params = [p for p in net.parameters() if p.requires_grad]
-        self.opt = torch.optim.Adam(self.params, lr=lr, betas=(s.beta1, s.beta2), fused=True)
+        self.opt = torch.optim.Adam(self.params, lr=lr, betas=(s.beta1, s.beta2), fused=True, capturable=self.params[0].is_cuda)
         inside = [m for m in net.modules() if isinstance(m, parametrize.ParametrizationList)]
         self.parametrizations = [m for p in inside for m in p]
+        self.normed = [(m, name) for m in net.modules() if parametrize.is_parametrized(m) for name in m.parametrizations]
         self.norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
         handled = {id(b) for m in self.parametrizations + self.norms for b in m.buffers()}
         if self.ranks:
@@ -591,7 +600,6 @@ class Network:
         cached(): every use of a spectrally normed weight in this update sees one power iteration, and it is left before
         the optimiser moves the weights.
         """
-        self.opt.zero_grad(set_to_none=True)
         with parametrize.cached():
             out = loss()
             value, logs = out if isinstance(out, tuple) else (out, {})
@@ -599,7 +607,13 @@ class Network:
         if self.ranks:                                              # means over shares add up to the mean over the batch
             self.ranks.sum_gradients(self.params)
         self.opt.step()
-        return value.detach(), logs
+        self.opt.zero_grad(set_to_none=True)                        # a gradient is not needed between steps
+        return value.detach(), {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in logs.items()}
+
+    def refresh(self):
+        """Make the normed weights of this update; under cached() every later use finds these."""
+        for m, name in self.normed:
+            getattr(m, name)
 
 
 class Group:
@@ -616,6 +630,8 @@ class Group:
                 net = cls(**bind(cls, vars(s))).to(device).train()
             if not any(p.requires_grad for p in net.parameters()):
                 raise UserError(f"{script.path}: {cls.__name__} has no trainable parameter")
+            if role != "G" and fast_second_derivative:
+                fast_second_derivative(net)
             self.nets[role] = Network(net, lr, s, ranks)
         seed_torch(s.seed, 0, i, "init G")
         self.ema = script.Generator(**bind(script.Generator, vars(s))).to(device).eval().requires_grad_(False)
@@ -625,9 +641,10 @@ class Group:
         self.copied = list(self.ema.buffers()), list(live.buffers())
 
     @torch.no_grad()
-    def average(self, step):
-        """Move the average towards the generator; `step` updates were made before. Buffers are copied."""
-        torch._foreach_lerp_(*self.averaged, 1 - min(EMA, (1 + step) / (10 + step)))
+    def average(self, pace):
+        """Move the average by the share `pace` (0-d tensor) of its distance towards the generator. Buffers are copied."""
+        average, live = self.averaged
+        torch._foreach_add_(average, torch._foreach_mul(torch._foreach_sub(live, average), pace))
         if self.copied[0]:
             torch._foreach_copy_(*self.copied)
 
@@ -635,6 +652,82 @@ class Group:
         """{role: [gamma of each attention layer]}: every one-element parameter that is called gamma."""
         return {role: g for role, n in self.nets.items()
                 if (g := [p.detach().reshape(()) for k, p in n.net.named_parameters() if k.split(".")[-1] == "gamma" and p.numel() == 1])}
+
+
+class Inputs:
+    """What a step reads from outside, at fixed places on the device: a captured step finds new numbers where the old ones were.
+
+    `plan` is a list of dicts of tensors on the device. put() packs their next values on the CPU and sends them in one copy,
+    which the host does not wait for.
+    """
+
+    def __init__(self, plan, device):
+        self.places, at = {}, 0
+        for n, k in sorted(((n, k) for n, d in enumerate(plan) for k in d), key=lambda nk: -plan[nk[0]][nk[1]].element_size()):
+            t = plan[n][k]                                          # eight-byte numbers first: every view is aligned
+            self.places[n, k] = slice(at, at + t.nbytes), t.dtype, t.shape
+            at += t.nbytes
+        cuda = device.type == "cuda"
+        self.device = torch.empty(at, dtype=torch.uint8, device=device)
+        self.hosts = [torch.empty(at, dtype=torch.uint8, pin_memory=True) for _ in range(4)] if cuda else [self.device]
+        self.sent = [torch.cuda.Event() for _ in self.hosts] if cuda else []
+        self.plan, self.turn = self.views(self.device, len(plan)), 0
+        self.staging = [self.views(host, len(plan)) for host in self.hosts]
+        self.put(plan)
+
+    def views(self, flat, n):
+        plan = [{} for _ in range(n)]
+        for (n, k), (place, dtype, shape) in self.places.items():
+            plan[n][k] = flat[place].view(dtype).view(shape)
+        return plan
+
+    def put(self, plan):
+        k = self.turn = (self.turn + 1) % len(self.hosts)
+        if self.sent:
+            self.sent[k].synchronize()                              # its last copy, four steps ago, still reads that memory
+        for places, values in zip(self.staging[k], plan):
+            for name, value in values.items():
+                places[name].copy_(value)
+        if self.sent:
+            self.device.copy_(self.hosts[k], non_blocking=True)
+            self.sent[k].record()
+
+
+class Lanes:
+    """Streams for networks that do not wait for one another: their small kernels then share the GPU. Each begins where the
+    main stream stands; nothing made in one may be freed before join()."""
+
+    def __init__(self):
+        self.main, self.streams = torch.cuda.Stream(), {}
+
+    def __call__(self, *name, after=()):
+        stream = self.streams.setdefault(name, torch.cuda.Stream())
+        stream.wait_stream(torch.cuda.current_stream())
+        for other in after:
+            stream.wait_stream(self.streams[other])
+        return torch.cuda.stream(stream)
+
+    def join(self):
+        for stream in self.streams.values():
+            torch.cuda.current_stream().wait_stream(stream)
+
+
+class OneLane:
+    """Lanes where there is nothing to overlap: one thing after the other."""
+
+    def __call__(self, *name, after=()):
+        return contextlib.nullcontext()
+
+    def join(self):
+        pass
+
+
+def record(work, pool, stream):
+    """Capture what work() launches -> (graph, what work returned). Nothing runs until graph.replay()."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        result = work()
+    return graph, result
 
 
 class Trainer:
@@ -650,12 +743,28 @@ class Trainer:
         self.takes_eps = {role: "eps" in inspect.signature(f).parameters
                           for role, f in (("D", script.discriminator_loss), ("C", script.connector_loss))}
         self.groups = [Group(i, script, s, device, self.ranks) for i in self.ranks.mine]
+        self.bf16 = s.precision == "bf16"
         self.step_count = 0
+        self.given = Inputs(self.inputs(0), device)
+        self.use_given_rates()
+        self.bad = torch.zeros(len(self.groups), 3, dtype=torch.int64, device=device)   # the step at which D, C, G lost finiteness, or 0
+        self.lanes = Lanes() if device.type == "cuda" else OneLane()
+        self.drew, self.mark = False, None                          # whether the script draws by itself
+        self.graphs, self.graph_note, self.warm, self.capturing = None, None, 0, False
+        if s.cuda_graph != "off" and (why := self.obstacle()):
+            self.go_without(why)
+
+    def use_given_rates(self):
+        """Learning rates are read from the step's inputs, so that a captured step sees them change."""
+        for g in self.groups:
+            for role, n in g.nets.items():
+                n.opt.param_groups[0]["lr"] = self.given.plan[0][f"{role.lower()}_lr"]
 
     def inputs(self, step):
-        """Everything random of one step: for each of n_critic sub-steps a dict of tensors on the device.
+        """All that one step reads besides its networks: for each of n_critic sub-steps a dict of CPU tensors.
 
-        Drawn on the CPU and sent in one copy. Keys: z, y, and per group i: ("idx", i), ("flip", i), ("D", i), ("C", i).
+        Keys: z, y, and per group i ("idx", i), ("flip", i), ("D", i), ("C", i), all drawn; the first dict also holds the step's
+        scalars: step (its number, from 1), rho, g_lr, d_lr, c_lr, and pace, the share by which the averages move.
         """
         s, plan = self.s, []
         for sub in range(s.n_critic):
@@ -672,15 +781,45 @@ class Trainer:
                         d[role, g.i] = draw(s.seed, number, g.i, f"eps {role}", "uniform", (s.batch_size, 1, 1, 1))
             r = self.ranks
             plan.append(d if r.replicas == 1 else {k: v[r.low:r.high] for k, v in d.items()})
-        return to_device(plan, self.device)
+        rate = torch.float32 if self.device.type == "cuda" else torch.float64        # what fused Adam reads there
+        plan[0].update(step=torch.tensor(step + 1), rho=torch.tensor(s.rho), pace=torch.tensor(1 - min(EMA, (1 + step) / (10 + step))),
+                       **{k: torch.tensor(getattr(s, k), dtype=rate) for k in ("g_lr", "d_lr", "c_lr")})
+        return plan
 
     def seed(self, number, g, purpose):
-        """Each rank of a group seeds a stream of its own for what a script draws by itself."""
-        seed_torch(self.s.seed, number, g.i, f"call {purpose}" + (f" part {self.ranks.part}" if self.ranks.part else ""))
+        """Each rank of a group seeds a stream of its own for what a script draws by itself.
+
+        A captured step cannot do that, so the first steps watch whether the script draws at all.
+        """
+        if not self.capturing:
+            self.watch()
+            seed_torch(self.s.seed, number, g.i, f"call {purpose}" + (f" part {self.ranks.part}" if self.ranks.part else ""))
+            self.mark = self.random_states() if self.warm < WARM_UP else None
+
+    def watch(self):
+        """Note whether the script has drawn since it was last seeded."""
+        if self.mark is not None:
+            self.drew |= not all(torch.equal(a, b) for a, b in zip(self.mark, self.random_states()))
+            self.mark = None
+
+    def random_states(self):
+        return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [])
+
+    @contextlib.contextmanager
+    def autocast(self, *networks, enabled=True):
+        """bf16 inside, if the run wants it; normed weights are made before, in fp32."""
+        if self.bf16 and enabled:
+            for n in networks:
+                n.refresh()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and enabled):
+            yield
 
     def generate(self, g, d, number):
+        """A group's fakes (B, 3, H, W) float32, with their graph where gradients are on."""
         self.seed(number, g, "G")
-        return g.nets["G"].net(d["z"], d["y"]) if self.conditional else g.nets["G"].net(d["z"])
+        n = g.nets["G"]
+        with parametrize.cached() if self.bf16 else contextlib.nullcontext(), self.autocast(n):
+            return (n.net(d["z"], d["y"]) if self.conditional else n.net(d["z"])).float()
 
     def critic_step(self, g, role, d, number, real, fake, y_real):
         """One update of a discriminator or a connector; real and fake carry no graph."""
@@ -691,21 +830,25 @@ class Trainer:
         labels = (y_real, d["y"]) if self.conditional else ()
         self.seed(number, g, role)
         n = g.nets[role]
-        return n.step(lambda: f(n.net, real, fake, *labels, **extra))
 
-    def generator_step(self, g, d, number, fake):
-        """One update of a generator against its frozen critics; `fake` carries the generator's graph."""
+        def loss():
+            with self.autocast(n, enabled=self.script.autocast):
+                return f(n.net, real, fake, *labels, **extra)
+        return n.step(loss)
+
+    def generator_step(self, g, d, number, fake, rho):
+        """One update of a generator against its frozen critics; `fake` carries the generator's graph, rho is a 0-d tensor."""
         labels = (d["y"],) if self.conditional else ()
 
         def loss():
             total = 0
-            for role, weight in (("D", 1), ("C", self.s.rho)):
-                if role in g.nets and weight:
-                    self.seed(number, g, f"G {role}")
+            for role in self.answers(g):
+                self.seed(number, g, f"G {role}")
+                with self.autocast(g.nets[role], enabled=self.script.autocast):
                     out = self.script.generator_loss(g.nets[role].net, fake, *labels, **self.names["G"])
-                    value, logs = out if isinstance(out, tuple) else (out, {})
-                    total = value if role == "D" else total + weight * value
-                    every.update({k if role == "D" else f"c_{k}": v for k, v in logs.items()})
+                value, logs = out if isinstance(out, tuple) else (out, {})
+                total = value if role == "D" else total + rho * value
+                every.update({k if role == "D" else f"c_{k}": v for k, v in logs.items()})
             return total, every
 
         every = {}
@@ -715,41 +858,200 @@ class Trainer:
                     stack.enter_context(g.nets[role].frozen())
             return g.nets["G"].step(loss)
 
-    def step(self):
-        """One step of every group. Returns per group {"d": (loss, logs), "c": ..., "g": ...}, tensors on the device."""
-        s, t = self.s, self.step_count
-        plan = self.inputs(t)
+    def answers(self, g):
+        """The critics that a generator answers to: no connector where its weight is 0."""
+        return [role for role in ("D", "C") if role in g.nets and (role == "D" or self.s.rho)]
+
+    def compute(self, lanes):
+        """The whole step on the device, reading self.given and nothing else that changes from step to step.
+
+        A generator function: at every exchange it yields {i: fakes} and is sent a function -> {i: fakes of the next group}.
+        Returns per group {"d": (loss, logs), "c": ..., "g": ...}, tensors on the device.
+        """
+        s, plan = self.s, self.given.plan
         out = {g.i: {} for g in self.groups}
         for sub, d in enumerate(plan):
-            number, last = t * s.n_critic + sub, sub == s.n_critic - 1
+            number, last = self.step_count * s.n_critic + sub, sub == s.n_critic - 1
             fakes = {}
             for g in self.groups:
-                with contextlib.nullcontext() if last else g.nets["G"].frozen(), torch.set_grad_enabled(last):
+                with lanes(g.i), contextlib.nullcontext() if last else g.nets["G"].frozen(), torch.set_grad_enabled(last):
                     fakes[g.i] = self.generate(g, d, number)
+            lanes.join()
             images = {i: x.detach() for i, x in fakes.items()}
-            neighbours = self.ranks.exchange(images) if s.groups > 1 else None
+            neighbours = (yield images) if s.groups > 1 else None
             for g in self.groups:                                   # the images of other ranks travel meanwhile
-                idx = d["idx", g.i]
-                real = self.data.batch(idx, d.get(("flip", g.i)))
-                y_real = self.data.labels[idx] if self.conditional else None
-                out[g.i]["d"] = self.critic_step(g, "D", d, number, real, images[g.i], y_real)
+                with lanes(g.i):
+                    idx = d["idx", g.i]
+                    real = self.data.batch(idx, d.get(("flip", g.i)))
+                    y_real = self.data.labels[idx] if self.conditional else None
+                    out[g.i]["d"] = self.critic_step(g, "D", d, number, real, images[g.i], y_real)
             neighbours = neighbours() if neighbours else {}
             for g in self.groups:
+                after = []
                 if "C" in g.nets:
-                    out[g.i]["c"] = self.critic_step(g, "C", d, number, neighbours[g.i], images[g.i], d.get("y"))
+                    after = [(g.i, "C")]
+                    with lanes(g.i, "C"):
+                        out[g.i]["c"] = self.critic_step(g, "C", d, number, neighbours[g.i], images[g.i], d.get("y"))
                 if last:
-                    out[g.i]["g"] = self.generator_step(g, d, number, fakes.pop(g.i))
-                    g.average(t)
+                    with lanes(g.i, after=after):
+                        out[g.i]["g"] = self.generator_step(g, d, number, fakes.pop(g.i), plan[0]["rho"])
+                        g.average(plan[0]["pace"])
+            lanes.join()
+        self.watch()
+        zero = torch.zeros((), device=self.device)
+        losses = torch.stack([out[g.i][role][0].float() if role in out[g.i] else zero for g in self.groups for role in "dcg"])
+        self.bad.copy_(torch.where((self.bad == 0) & ~torch.isfinite(losses).view_as(self.bad), plan[0]["step"], self.bad))
+        return out
+
+    def eager(self, lanes, exchange):
+        steps = self.compute(lanes)
+        try:
+            images = next(steps)
+            while True:
+                images = steps.send(exchange(images))
+        except StopIteration as e:
+            return e.value
+
+    def step(self):
+        """One step of every group. Returns per group {"d": (loss, logs), "c": ..., "g": ...}, tensors on the device, which the
+        next step may overwrite."""
+        self.given.put(self.inputs(self.step_count))
+        if self.s.cuda_graph != "off" and self.warm >= WARM_UP and self.graph_note is None:
+            self.capture()
+        if self.graphs and self.captured_for != self.structure():
+            self.capture()
+        out = self.replay() if self.graphs else self.eager_step()
+        self.warm += 1
         self.step_count += 1
         return out
 
-    def first_bad(self, out):
-        """A number above 0 that names group and network of the first loss that is not finite, else 0; name_bad reads it."""
-        for i, losses in out.items():
-            for k, role in enumerate("dcg"):
-                if role in losses and not math.isfinite(losses[role][0].item()):
-                    return 3 * i + k
-        return 0
+    def eager_step(self):
+        if self.warm >= WARM_UP or isinstance(self.lanes, OneLane) or self.s.cuda_graph == "off":
+            return self.eager(OneLane(), self.ranks.exchange)
+        main, outside = self.lanes.main, torch.cuda.current_stream()        # as it will be captured: every stream warms its libraries up
+        main.wait_stream(outside)
+        with torch.cuda.stream(main):
+            out = self.eager(self.lanes, self.ranks.exchange)
+        outside.wait_stream(main)
+        return out
+
+    # ------------------------------------------------------------------------------------------ CUDA graph
+    def obstacle(self):
+        """Why this step cannot be captured; None if it can be tried."""
+        if self.device.type != "cuda":
+            return f"the device is {self.device.type}"
+        if self.ranks.replicas > 1:
+            return "several processes share a group's batch"
+        if self.ranks.staged:
+            return "two processes share a GPU"
+        if self.drew:
+            return f"{self.script.path.name} draws random numbers by itself"
+
+    def structure(self):
+        """What decides which kernels a step launches, and may be changed while training."""
+        return bool(self.s.rho)
+
+    def capture(self):
+        """Record the step, and keep the recording only if a replay does what an eager step does from the same state.
+
+        With one process it is one graph; with several the exchange lies between two (2 n_critic). Sets self.graph_note, one line.
+        """
+        why, self.graphs = self.obstacle(), None
+        if why is None:
+            try:
+                self.capturing, self.captured_for = True, self.structure()
+                self.graphs = self.record_graphs()
+            except Exception as e:
+                why = f"capturing it failed: {where(e, self.script.path)[:200]}"
+            finally:
+                self.capturing = False
+                for g in self.groups:
+                    for n in g.nets.values():
+                        n.opt.zero_grad(set_to_none=True)
+        if self.ranks.agree(int(why is not None))[0]:               # all ranks or none: a replay of one exchanges with a replay of all
+            why, self.graphs = why or "another process could not capture it", None
+        else:
+            difference = self.prove()
+            if self.ranks.agree(int(not difference <= PROOF))[0]:
+                self.graphs, why = None, f"a replay differed from an eager step by {difference:.1g} of the largest gradient"
+        if why:
+            self.go_without(why)
+        else:
+            self.graph_note = f"Steps run as {len(self.graphs)} CUDA graph{'s' * (len(self.graphs) > 1)}, found equal to an eager step."
+
+    def go_without(self, why):
+        if self.s.cuda_graph == "on":
+            raise UserError(f"--cuda-graph on: {why}; auto falls back to eager steps")
+        self.graph_note = f"Steps run eagerly, without a CUDA graph: {why}."
+
+    def record_graphs(self):
+        """-> list of (graph, its result, neighbours to fill before the next graph); the last one's result is the step's."""
+        main = getattr(self.lanes, "main", None)
+        if self.ranks.world == 1:
+            graph, out = record(lambda: self.eager(self.lanes, self.ranks.exchange), None, main)
+            return [(graph, out, None)]
+        graphs, steps, pool, received = [], self.compute(self.lanes), None, None
+
+        def part():
+            try:
+                return steps.send(None if received is None else lambda: received), False
+            except StopIteration as e:
+                return e.value, True
+        while True:
+            graph, (result, done) = record(part, pool, main)
+            pool = graph.pool()
+            received = None if done else {i: torch.zeros_like(x) for i, x in result.items()}
+            graphs.append((graph, result, received))
+            if done:
+                return graphs
+
+    def replay(self):
+        for graph, result, received in self.graphs:
+            graph.replay()
+            if received is not None:
+                for i, x in self.ranks.exchange(result)().items():
+                    received[i].copy_(x)
+        return result
+
+    def moving(self):
+        """Every tensor that a step changes."""
+        tensors = [self.bad]
+        for g in self.groups:
+            for net in (g.ema, *(n.net for n in g.nets.values())):
+                tensors += [*net.parameters(), *net.buffers()]
+            for n in g.nets.values():
+                tensors += [v for state in n.opt.state.values() for v in state.values()]
+        return tensors
+
+    @torch.no_grad()
+    def prove(self):
+        """The present step, eager and replayed from the same state -> largest difference of Adam's first moments (with beta1 = 0
+        the gradients), as a share of each network's largest. The state afterwards is what it was before."""
+        nets = [n for g in self.groups for n in g.nets.values()]
+        moments = lambda: [torch.cat([state["exp_avg"].flatten() for state in n.opt.state.values()]) for n in nets]
+        before = [t.clone() for t in self.moving()]
+
+        def put_back():
+            for t, old in zip(self.moving(), before):
+                t.copy_(old)
+        with torch.enable_grad():
+            self.eager(OneLane(), self.ranks.exchange)
+        eager = moments()
+        put_back()
+        self.replay()
+        replayed = moments()
+        put_back()
+        shares = [((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in zip(eager, replayed)]
+        return max(math.inf if math.isnan(x) else x for x in shares)
+
+    def first_bad(self):
+        """4096 * step + a number for name_bad: the first loss of this process that was not finite; 0 if all were. Waits for the device."""
+        bad = self.bad.cpu()
+        if not bad.any():
+            return 0
+        step = bad[bad > 0].min().item()
+        k, role = (bad == step).nonzero()[0].tolist()
+        return 4096 * step + 3 * self.groups[k].i + role
 
     # ------------------------------------------------------------------------------------------ state
     def states(self):
@@ -770,25 +1072,12 @@ class Trainer:
             for role, n in g.nets.items():
                 n.net.load_state_dict(saved[role]["net"])
                 n.opt.load_state_dict({"state": saved[role]["opt"], "param_groups": n.opt.state_dict()["param_groups"]})
+        self.use_given_rates()
         self.step_count = step
 
 
 def name_bad(number):
     return f"{('discriminator', 'connector', 'generator')[number % 3]} of group {number // 3}"
-
-
-def to_device(plan, device):
-    """A list of dicts of CPU tensors -> the same on `device`, through one copy."""
-    if device.type == "cpu":
-        return plan
-    tensors = [t.contiguous() for d in plan for t in d.values()]
-    tensors.sort(key=lambda t: -t.element_size())                   # int64 first: views stay aligned
-    flat = torch.cat([t.flatten().view(torch.uint8) for t in tensors]).pin_memory().to(device, non_blocking=True)
-    places, at = {}, 0
-    for t in tensors:
-        places[id(t)] = flat[at:at + t.nbytes].view(t.dtype).view(t.shape)
-        at += t.nbytes
-    return [{k: places[id(t)] for k, t in d.items()} for d in plan]
 
 
 def probe(script, s, group):
@@ -1095,6 +1384,8 @@ def trainer_flags(p):
     p.add_argument("--seed", type=int, default=0, help="all chance of a run comes from it (default 0)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     p.add_argument("--nproc", type=int, metavar="K", help="processes to start (default: one per GPU, at most one per group; 1 forbids)")
+    p.add_argument("--cuda-graph", choices=("auto", "on", "off"), default="auto", help="capture the whole step and replay it (default auto: where it works; on: or stop)")
+    p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="of products; penalties stay at tf32 in bf16 (default tf32 on CUDA, else fp32)")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror real images at random (default no)")
     p.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and say how many")
     p.add_argument("--log-every", type=int, default=10, metavar="K", help="steps between lines of log.jsonl (default 10)")
@@ -1206,6 +1497,16 @@ def pick_device(name):
         return device
     except Exception as e:
         raise UserError(f"--device {name} cannot be used here: {' '.join(str(e).split())[:120]}") from e
+
+
+def set_precision(s, device):
+    """Fill --precision in by the device, and tell torch: tf32 is what products of fp32 numbers run in, bf16 comes by autocast."""
+    s.precision = s.precision or ("tf32" if device.type == "cuda" else "fp32")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if s.precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
+    elif s.precision == "tf32":
+        raise UserError(f"--precision tf32 is arithmetic of CUDA devices, and the device is {device.type}; use fp32 or bf16")
 
 
 def span(seconds):
@@ -1354,6 +1655,7 @@ def git_revision():
 def train(s, script, named, changed):
     keep_freed_memory()
     device = pick_device(s.device)
+    set_precision(s, device)
     if s.quick and device.type == "cpu":
         torch.set_num_threads(1)                                    # at this size a second one gains little, and much is lost where cores are shared
     ranks = Ranks(s.groups, s.batch_size, device)
@@ -1400,7 +1702,7 @@ def train(s, script, named, changed):
     text = (f"Training {ring}: generator {count(nets['G'])}, discriminator {count(nets['D'])} parameters"
             f"{', a connector like it' if s.groups > 1 else ''}, {s.image_size}x{s.image_size}, batch {s.batch_size}, on {source}"
             f"{f' in {len(data.classes)} classes' if data.classes else ''}. Device: {describe(device)}"
-            f"{f', {ranks.world} processes' if ranks.world > 1 else ''}. Pictures every {s.sample_every} steps in "
+            f"{f', {ranks.world} processes' if ranks.world > 1 else ''}, {s.precision}. {trainer.graph_note + ' ' if trainer.graph_note else ''}Pictures every {s.sample_every} steps in "
             f"{out / 'samples'}/, log every {s.log_every} in {out / 'log.jsonl'}, checkpoint every {s.save_every}.")
     if changed:
         text += " --quick set " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in changed.items()) + "."
@@ -1508,32 +1810,31 @@ def loop(trainer, s, out, say, scores=None):
     """Steps, with logs, pictures, checkpoints, and a way out that saves."""
     ranks, begin, first = trainer.ranks, time.monotonic(), trainer.step_count
     progress = Progress(s.steps, quiet=ranks.rank > 0)
-    pending, told, steady, signalled, timeout, bad = [], False, None, 0, 0, 0
+    told, steady, signalled, timeout, bad, note = False, None, 0, 0, 0, trainer.graph_note
     with Stop() as stop:
         while trainer.step_count < s.steps and not signalled and not timeout:
             with calling(trainer.script, f"step {trainer.step_count + 1}"):
                 losses = trainer.step()
             step, now = trainer.step_count, time.monotonic()
-            pending.append((step, losses))
+            if trainer.graph_note != note:
+                note = trainer.graph_note
+                progress.say(note)
             due = {k: step == s.steps or step % getattr(s, f"{k}_every") == 0 for k in ("log", "sample", "save")}
             due["fid"] = scores is not None and (step == s.steps or step % s.fid_every == 0)
-            if trainer.device.type == "cpu" or any(due.values()) or len(pending) >= 50:    # elsewhere a look costs a wait
-                bad = next((at * 4096 + k for at, values in pending if (k := trainer.first_bad(values))), 0)
-                pending = []
+            if trainer.device.type == "cpu" or any(due.values()) or step % 50 == 0:        # elsewhere a look costs a wait
+                bad = trainer.first_bad()
             over = s.max_seconds is not None and now - begin >= s.max_seconds
             signalled, timeout, bad = ranks.agree(stop.signal, int(over), bad)
+            if signalled or timeout:
+                due.update(log=True, sample=True, save=True)
+                bad, = ranks.agree(bad or trainer.first_bad())
             if bad:
                 kept = out / "checkpoint.pt"
                 raise UserError(f"step {bad // 4096}: the loss of the {name_bad(bad % 4096)} is not finite; "
                                 f"{f'the last good state is in {kept}' if kept.exists() else 'there is no checkpoint yet'}. "
                                 "Lower rates (--g-lr, --d-lr, --c-lr) are the usual cure")
-            if signalled or timeout:
-                due.update(log=True, sample=True, save=True)
-                for at, values in pending:
-                    if (k := trainer.first_bad(values)):
-                        raise UserError(f"step {at}: the loss of the {name_bad(k)} is not finite; nothing was saved")
-            if steady is None:
-                steady = (step, now)                                # the first step also warms up
+            if steady is None or trainer.warm <= WARM_UP + 1 and trainer.device.type == "cuda":
+                steady = (step, now)                                # the first step also warms up, and others come before a graph
             elif not told and (now - steady[1] > 5 or step - steady[0] >= 20 or due["log"] and step == s.steps):
                 told = True
                 per_step = (now - steady[1]) / (step - steady[0])
@@ -1680,6 +1981,8 @@ def main(argv=None):
     except UserError as e:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"okd_train.py: error: {e}", file=sys.stderr, flush=True)
+        elif not dist.is_initialized():                             # the launcher ends rank 0, too, as soon as we end: let it speak first
+            time.sleep(3)
         raise SystemExit(2) from None
     except RuntimeError as e:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:

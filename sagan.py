@@ -128,10 +128,13 @@ class Discriminator(nn.Module):
         self.net = nn.Sequential(*layers, nn.Conv2d(inp, 1, 4))
 
     def forward(self, x):
-        return self.net(x).flatten()                                # (B, 1, 1, 1) -> (B,)
+        return self.net(x).flatten().float()                        # (B, 1, 1, 1) -> (B,); autocast may have made it bf16
 
 
 # ---------------------------------------------------------------------------------------------- losses
+autocast = True                 # with --precision bf16 the trainer calls these losses under autocast; the penalty leaves it
+
+
 def gradient_penalty(D, a, b, eps=None, one_sided=False):
     """Mean over the batch of (|grad D(x)| - 1)^2 at x = eps * a + (1 - eps) * b, and the mean of |grad D(x)|.
 

@@ -3,10 +3,7 @@
 Positions stand last as in the kernels' interface: q, k (B, Cq, N), v, o, g (B, C, N). The derivation and the names
 (P, X, D, Z; A, B, E; M, W, F, u) are in attention.py's docstring. Everything here makes N x N matrices.
 """
-import functools
-
 import torch
-from torch.utils.checkpoint import checkpoint
 
 # Of one block of attention_blocked. Smaller blocks are a little faster still on idle cores (README.md), but where another
 # process shares the cores every parallel region waits for its slowest thread, and small blocks have many regions.
@@ -24,16 +21,14 @@ def attention(q, k, v):
 
 def attention_blocked(q, k, v):
     """The same by blocks of images, or of rows where one image is larger, of at most BLOCK_BYTES (one row at least). For
-    the CPU: a matrix of B x N x N leaves the cache, and the allocator hands its pages back after every use. A block's P is made
-    again for the backward pass rather than kept: Cq is small, so that costs about what reading it back would."""
+    the CPU: a matrix of B x N x N leaves the cache, and the allocator hands its pages back after every use."""
     B, _, N = q.shape
     row = N * q.element_size()
     images, rows = BLOCK_BYTES // (N * row), max(1, BLOCK_BYTES // row)
     if B <= images:
         return attention(q, k, v)
     if images:
-        one = functools.partial(checkpoint, attention, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else attention
-        return torch.cat([one(*block) for block in zip(q.split(images), k.split(images), v.split(images))])
+        return torch.cat([attention(*block) for block in zip(q.split(images), k.split(images), v.split(images))])
     return torch.stack([
         torch.cat([torch.softmax(x.t() @ b, -1) @ c.t() for x in a.split(rows, 1)]).t()
         for a, b, c in zip(q.unbind(), k.unbind(), v.unbind())])

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 import okd_train
 import sagan
+from kernels.convolution import fast_second_derivative
 
 TINY = ["--image-size", "32", "--ch", "4", "--batch-size", "4", "--z-dim", "8"]
 
@@ -118,7 +119,7 @@ def test_every_image_once_an_epoch_in_an_order_of_its_own_per_group():
 
 # ---------------------------------------------------------------------------------------------- mathematics of the step
 def test_one_group_equals_a_plain_loop():
-    """Five steps of the trainer against a loop made of sagan's classes and losses, torch's Adam and draw."""
+    """Five steps of the trainer against a loop made of sagan's classes and losses, torch's Adam and draw, bit for bit."""
     t = setup("--groups", "1", *TINY, "--seed", "7")
     for _ in range(5):
         t.step()
@@ -126,7 +127,7 @@ def test_one_group_equals_a_plain_loop():
     torch.manual_seed(okd_train._key(7, 0, 1, "init G", 8) >> 1)
     G = sagan.Generator(image_size=32, z_dim=8, ch=4)
     torch.manual_seed(okd_train._key(7, 0, 1, "init D", 8) >> 1)
-    D = sagan.Discriminator(image_size=32, ch=4)
+    D = fast_second_derivative(sagan.Discriminator(image_size=32, ch=4))
     opt_g = torch.optim.Adam(G.parameters(), lr=1e-4, betas=(0.0, 0.9), fused=True)
     opt_d = torch.optim.Adam(D.parameters(), lr=4e-4, betas=(0.0, 0.9), fused=True)
     order = okd_train.draw(7, 0, 1, "order", "permutation", 40)
@@ -197,7 +198,7 @@ def test_only_the_network_whose_turn_it_is_moves():
     critic = t.groups[0].nets["D"].net
     critic.net.append(Watch())
     t.groups[0].nets["D"] = okd_train.Network(critic, 4e-4, t.s)
-    d = t.inputs(0)[0]
+    d = t.given.plan[0]
     fakes = {g.i: t.generate(g, d, 0) for g in t.groups}
     real = t.data.batch(d["idx", 1], None)
     before = copy.deepcopy(t.state())
@@ -212,7 +213,7 @@ def test_only_the_network_whose_turn_it_is_moves():
     before = copy.deepcopy(t.state())
     for role in ("D", "C"):
         t.groups[0].nets[role].opt.zero_grad()
-    t.generator_step(t.groups[0], d, 0, fakes[1])
+    t.generator_step(t.groups[0], d, 0, fakes[1], d["rho"])
     for role in ("D", "C"):
         assert_same(before["groups"][0][role], t.state()["groups"][0][role])
         assert all(p.grad is None and p.requires_grad for p in t.groups[0].nets[role].net.parameters())
@@ -299,7 +300,7 @@ def test_groups_start_apart_and_share_z():
     first = [g.nets["G"].net.net[0].bias for g in t.groups] + [g.nets[r].net.net[0].bias for g in t.groups for r in "DC"]
     for group in (first[:3], first[3:]):
         assert all(not torch.equal(a, b) for k, a in enumerate(group) for b in group[:k])
-    assert t.inputs(0)[0].keys() == {"z", *((k, i) for k in ("idx", "D", "C") for i in (1, 2, 3))}
+    assert t.inputs(0)[0].keys() == {"z", *((k, i) for k in ("idx", "D", "C") for i in (1, 2, 3)), "step", "rho", "pace", "g_lr", "d_lr", "c_lr"}
 
 
 def test_n_critic_takes_fresh_z_and_reals_and_moves_g_once():

@@ -1,0 +1,64 @@
+"""A convolution whose second derivative runs at the speed of its first.
+
+    from kernels.convolution import fast_second_derivative
+    fast_second_derivative(D)               # every nn.Conv2d in D; values and state_dict stay as they are
+
+A gradient penalty differentiates the input gradient of a convolution with respect to its weight. That is once more an
+ordinary weight gradient, for which every library has a tuned kernel, but PyTorch computes it as a forward convolution
+of transposed tensors, with an output as large as a filter and a filter as large as an image. Here the input gradient is
+written as the transposed convolution that it is, and autograd then finds the right kernels by itself, in any order of
+derivative. The idea is that of Karras et al., Training Generative Adversarial Networks with Limited Data, 2020 (their
+conv2d_gradfix).
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def _wanted(node):
+    """Whether the backward pass that is running needs the gradient that goes to `node`, which is no leaf's."""
+    return node is not None and torch._C._will_engine_execute_node(node)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, stride, padding, dilation, groups):
+        ctx.save_for_backward(x, w)
+        ctx.how = stride, padding, dilation, groups
+        return F.conv2d(x, w, b, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.how
+        mask = [_wanted(node) for node, _ in ctx.next_functions] + [False]          # without b there are only two
+        apart = mask[0] and torch.is_grad_enabled()                 # dx will be differentiated: a transposed convolution of its own
+        dx = dw = db = None
+        if mask[0] and not apart or mask[1] or mask[2]:
+            dx, dw, db = torch.ops.aten.convolution_backward(g, x, w, [len(w)], stride, padding, dilation, False, [0, 0], groups,
+                                                             [mask[0] and not apart, *mask[1:3]])
+        if apart:
+            rest = [x.shape[2 + k] - ((g.shape[2 + k] - 1) * stride[k] - 2 * padding[k] + dilation[k] * (w.shape[2 + k] - 1) + 1) for k in (0, 1)]
+            dx = F.conv_transpose2d(g, w, None, stride, padding, rest, groups, dilation)
+        return dx, dw, db, None, None, None, None
+
+
+def conv2d(x, w, b=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+    """torch.nn.functional.conv2d for pairs of int, with quick second derivatives; any order of derivative is exact.
+
+    x (B, Cin, H, W), w (Cout, Cin / groups, kh, kw), b (Cout,) or None -> (B, Cout, H', W'). Without gradients, and under
+    autocast, it is torch's own.
+    """
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return F.conv2d(x, w, b, stride, padding, dilation, groups)
+    # Views, because the engine tells whether a gradient is wanted only of nodes that are no leaves.
+    return _Conv2d.apply(*(t if t is None else t.view_as(t) for t in (x, w, b)), stride, padding, dilation, groups)
+
+
+def fast_second_derivative(net):
+    """Let every nn.Conv2d inside `net` compute by conv2d above; parameters, hooks and state_dict do not change. Returns net."""
+    for m in net.modules():
+        own = isinstance(m, nn.Conv2d) and type(m)._conv_forward is not nn.Conv2d._conv_forward         # a subclass that computes otherwise
+        if isinstance(m, nn.Conv2d) and not own and m.padding_mode == "zeros" and not isinstance(m.padding, str):
+            m._conv_forward = lambda x, w, b, m=m: conv2d(x, w, b, m.stride, m.padding, m.dilation, m.groups)
+    return net

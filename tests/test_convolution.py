@@ -1,0 +1,114 @@
+"""kernels/convolution.py: torch's values and derivatives, by the kernels that it is there for."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import okd_train
+import sagan
+from kernels.convolution import conv2d, fast_second_derivative
+
+SHAPES = [  # Cin, Cout, size, kernel, stride, padding, dilation, groups
+    (3, 4, (8, 8), 4, 2, 1, 1, 1), (4, 2, (7, 9), 3, 1, 1, 1, 2), (2, 3, (9, 8), 3, 2, 0, 1, 1), (4, 4, (9, 9), 3, 2, 2, 2, 4), (2, 5, (4, 4), 4, 1, 0, 1, 1), (3, 2, (5, 6), 1, 1, 0, 1, 1)]
+
+
+@pytest.mark.parametrize("cin, cout, size, k, stride, padding, dilation, groups", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_derivatives_in_float64(cin, cout, size, k, stride, padding, dilation, groups, bias):
+    torch.manual_seed(0)
+    x = torch.randn(2, cin, *size, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(cout, cin // groups, k, k, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(cout, dtype=torch.float64, requires_grad=True) if bias else None
+    how = [(n, n) for n in (stride, padding, dilation)]
+
+    def derivatives(conv):
+        """Of a function that is curved in everything: value, first and second derivatives, all of them."""
+        y = conv(x, w, b, *how, groups)
+        leaves = [t for t in (x, w, b) if t is not None]
+        first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum((g * g.cos()).sum() for g in first), leaves, allow_unused=True)]
+    for ours, theirs in zip(derivatives(conv2d), derivatives(F.conv2d)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(lambda *a: conv2d(*a, None if b is None else b.detach(), *how, groups), (x, w))
+
+
+class Count(TorchDispatchMode):
+    """Counts convolutions, each requested gradient of one apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f.overloadpacket.__name__
+        if name == "convolution":
+            self.seen.append(("transposed" if args[6] else "forward", tuple(args[1].shape[2:])))
+        if name == "convolution_backward":
+            self.seen += [(what, tuple(args[2].shape[2:])) for what, on in zip(("dx", "dw"), args[10]) if on]
+        return f(*args, **(kwargs or {}))
+
+
+def test_the_penalty_uses_weight_gradients_and_no_convolution_with_filters_of_image_size():
+    def run(net):
+        with Count() as count:
+            sagan.gradient_penalty(net, torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32), torch.rand(2, 1, 1, 1))[0].backward(inputs=list(net.parameters()))
+        return count.seen
+    D = sagan.Discriminator(image_size=32, ch=4, spectral_norm="none")
+    seen, usual = run(fast_second_derivative(copy.deepcopy(D))), run(D)
+    assert max(k for _, k in seen) == (4, 4) and max(k for _, k in usual) > (4, 4)
+    assert len(seen) <= len(usual) and sum(what == "dw" for what, _ in seen) > sum(what == "dw" for what, _ in usual)
+
+
+@pytest.mark.parametrize("wanted", ["x", "w"])
+def test_only_what_is_asked_for_is_computed(wanted):
+    x, w = torch.randn(1, 2, 6, 6, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
+    for create in (False, True):
+        y = conv2d(x, w).sum()
+        with Count() as count:
+            torch.autograd.grad(y, x if wanted == "x" else w, create_graph=create)
+        assert [what for what, _ in count.seen] == [("transposed" if create else "dx") if wanted == "x" else "dw"]
+
+
+def test_first_derivatives_are_torchs_bit_for_bit():
+    torch.manual_seed(1)
+    D = sagan.Discriminator(image_size=32, ch=8)
+    ours, x, results = fast_second_derivative(copy.deepcopy(D)), torch.randn(4, 3, 32, 32), []
+    for net in (D, ours):
+        score = net(x).square().sum()
+        results.append([score, *torch.autograd.grad(score, list(net.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and ours.state_dict().keys() == D.state_dict().keys()
+
+
+def test_what_is_replaced_and_what_is_left_alone():
+    class Own(nn.Conv2d):
+        def _conv_forward(self, x, w, b):
+            return super()._conv_forward(x, 2 * w, b)
+    net = fast_second_derivative(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding="same"), nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), Own(2, 2, 1)))
+    assert ["_conv_forward" in vars(m) for m in net] == [True, False, False, False]
+    x = torch.randn(1, 2, 5, 5, requires_grad=True)
+    assert type(net[0](x).grad_fn).__name__ == "_Conv2dBackward"
+    with torch.no_grad():
+        assert net[0](x).grad_fn is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net[0](x).dtype == torch.bfloat16
+
+
+def test_the_trainer_uses_it_in_critics_and_only_rounding_differs(monkeypatch):
+    def trainer():
+        s, script, _ = okd_train.parse(["--groups", "2", "--image-size", "32", "--ch", "4", "--batch-size", "4", "--z-dim", "8"])
+        okd_train.settle(s, script, set())
+        return okd_train.Trainer(script, s, okd_train.Data(torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+                                                           torch.zeros(20, dtype=torch.long), [], s, torch.device("cpu")), torch.device("cpu"))
+    fast = trainer()
+    assert all("_conv_forward" in vars(fast.groups[0].nets[r].net.net[0]) for r in "DC")
+    monkeypatch.setattr(okd_train, "fast_second_derivative", None)
+    slow = trainer()
+    a, b = fast.step(), slow.step()
+    for i in (1, 2):
+        for role in "dcg":
+            torch.testing.assert_close(a[i][role][0], b[i][role][0], rtol=1e-4, atol=1e-5)
+    for m, n in zip(fast.groups[0].nets["D"].opt.state.values(), slow.groups[0].nets["D"].opt.state.values()):
+        torch.testing.assert_close(m["exp_avg"], n["exp_avg"], rtol=1e-3, atol=1e-5)
