@@ -2,6 +2,7 @@
 
     python fid.py REAL FAKE                                 # folders of images (or .npz statistics); prints FID: 12.3456
     python fid.py REAL G1 G2 G3                             # one pass over REAL, a table with the mean and the union of all
+    python fid.py REAL RUN/fakes/G* RUN2/fakes/G*           # a row per run: one group, or G1 G2 ..., their mean and their union
     python fid.py REAL FAKE --kid --prdc --floor            # and how good a perfect generator could look at these n
     python fid.py REAL FAKE --copies sheet.png              # the fakes closest to a real, side by side with it
     python fid.py REAL FAKE --features random               # no weights at hand: rFD, for relative comparison only
@@ -26,6 +27,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -202,8 +204,17 @@ def random_distance(features1, features2):
     width = len(RANDOM_SEEDS) * RANDOM_WIDTH
     if a.shape[1] != width or b.shape[1] != width:
         raise FidError(f"rFD needs features(..., features='random') on both sides, width {width}, not {a.shape[1]} and {b.shape[1]}")
-    return float(np.mean([frechet_distance(a[:, i:i + RANDOM_WIDTH], b[:, i:i + RANDOM_WIDTH])
-                          for i in range(0, width, RANDOM_WIDTH)]))
+    for f in (a, b):
+        if len(f) < 2:
+            raise FidError(f"a covariance needs at least 2 images, there is {len(f)}")
+    return _random_distance(a, b)
+
+
+def _random_distance(a, b):
+    """rFD of two sides, each features (n, 5 * 256) or a tuple (mu, sigma) over all networks, of which each network's own block counts."""
+    part = lambda side, i: (side[0][i], side[1][i, i]) if isinstance(side, tuple) else side[:, i]
+    networks = [slice(k * RANDOM_WIDTH, (k + 1) * RANDOM_WIDTH) for k in range(len(RANDOM_SEEDS))]
+    return float(np.mean([_frechet(part(a, i), part(b, i))[0] for i in networks]))
 
 
 def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=0):
@@ -300,17 +311,25 @@ def prdc(real, fake, k=5):
 def copies(real, fake):
     """Every fake's nearest real: (index (n2,) into real, distance (n2,), share of fakes that look copied), features (n1, d), (n2, d).
 
-    A fake counts when it is nearer to its nearest real than that real is to its own nearest other real. Fresh images of the same kind count
-    too (0.1 to 0.7 of them, the fewer the more dimensions their spread has): compare the share with that between two halves of the real
-    images, not with 0. FidError for fewer than 2 reals.
+    A fake counts when it is nearer to its nearest real than that real is to its own nearest other real, or has exactly its features. Fresh
+    images of the same kind count too (0.1 to 0.7 of them, the fewer the more dimensions their spread has): compare the share with that
+    between two halves of the real images, not with 0. FidError for fewer than 2 reals.
     """
     real, fake = _rows(real, "real"), _rows(fake, "fake")
     if real.shape[1] != fake.shape[1] or len(real) < 2:
         raise FidError(f"a copy check needs at least 2 real images and features of one width, there are {real.shape} and {fake.shape}")
+    index, distance, copied = _copies(real, fake, _nearest(real, 1))
+    return index, distance, float(copied.mean())
+
+
+def _copies(real, fake, own):
+    """As copies(), but which fakes count (n2,) bool in place of their share; own (n1,): _nearest(real, 1), which serves any number of fakes."""
     index, d2_nearest = np.empty(len(fake), int), np.empty(len(fake))
     for rows, d2 in _squared_distances(fake, real):
-        index[rows], d2_nearest[rows] = d2.argmin(1), d2.min(1)
-    return index, np.sqrt(d2_nearest), float((d2_nearest < _nearest(real, 1)[index] * (1 - 1e-10)).mean())
+        index[rows] = d2.argmin(1)
+        # Again from the difference: equal features are 0 apart, not the rounding of two large numbers.
+        d2_nearest[rows] = ((fake[rows].astype(np.float64) - real[index[rows]]) ** 2).sum(1)
+    return index, np.sqrt(d2_nearest), (d2_nearest < own[index] * (1 - 1e-10)) | (d2_nearest == 0)
 
 
 def halves(features, seed=0):
@@ -978,9 +997,13 @@ def copy_sheet(path, pairs):
             image = Image.fromarray(read_image(file)[0])
             image = image.resize([max(1, round(side * (edge - 2) / max(image.size))) for side in image.size], Image.Resampling.BICUBIC)
             sheet.paste(image, (left, y))
-            name = f"{file.parent.name}/{file.name}".encode("ascii", "replace").decode()
-            draw.text((left, y + edge), name if len(name) <= 20 else "..." + name[-17:], fill="black")
-        draw.text((x, y + edge + 15), f"{i + 1}. fake | real, distance {distance:.4g}", fill="black")
+        for line, (start, file) in enumerate(((f"{i + 1}. fake ", fake), (f"{distance:.4g} to real ", real))):
+            tail = str(file).encode("ascii", "replace").decode()
+            name = start + tail
+            while draw.textlength(name) > 2 * edge:
+                tail = tail[1:]
+                name = f"{start}...{tail}"
+            draw.text((x, y + edge + 15 * line), name, fill="black")
     _write(path, lambda f: sheet.save(f, "PNG"))
 
 
@@ -990,6 +1013,7 @@ LABELS = {"fid": "FID", "rfd": "rFD", "kid": "KID", "kid_se": "KID standard erro
           **{k: f"{k} (k=5)" for k in ("precision", "recall", "density", "coverage")}, "copies": "copies"}
 LABELS.update({"r" + k: "r" + v for k, v in LABELS.items() if k not in ("fid", "rfd")})
 CLOSEST = 32                                   # pairs on the sheet of --copies
+GROUP = re.compile(r"G[1-9][0-9]*")            # RUN/fakes/G1: the folder of one group
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1037,33 +1061,44 @@ def _arguments(argv):
 
 
 class _Side:
-    """One folder or .npz: name, path, n, files; features (n, d) or statistics (mu, sigma), whichever were kept."""
+    """One set of images: path, n, files, sizes; features (n, d) or statistics (mu, sigma), whichever were kept; said, what an .npz says of itself."""
+    path = n = files = sizes = features = statistics = said = None
+    own = None                                  # of REAL: squared distance (n,) of every image to its nearest other, once for all FAKE
+    nearest = None                              # of a FAKE: what _copies() returns
 
-    def __init__(self, path):
-        self.path, self.n, self.files, self.features, self.statistics, self.moments = Path(path), None, None, None, None, None
-        if self.path.is_dir():
-            self.files, below, recursive = find_images(self.path)
-            self.n = len(self.files)
-            if recursive:
-                _say(f"{path}: no image directly in it, {self.n} found in the folders below")
-            elif below:
-                _say(f"{path}: the {below} images in the folders below it are not read")
-            if self.n < 2:
-                raise FidError(f"{path}: a covariance needs at least 2 images, there is 1 ({self.files[0].name})")
-        elif not os.path.lexists(self.path):
-            raise FidError(f"{path}: no such folder or file")
-        elif self.path.suffix == ".npz" and self.path.is_file():
-            self.said = load_statistics(self.path)
-            self.statistics, self.n = (self.said["mu"], self.said["sigma"]), self.said["n"]
-        else:
-            raise FidError(f"{path}: neither a folder of images nor an .npz file")
+    def __init__(self, **known):
+        self.__dict__.update(known)
 
-    def gauss(self):
-        if self.features is not None and len(self.features) <= 2 * self.features.shape[1]:
-            return self.features
+    def sums(self):
         if self.statistics is None:
             self.statistics = statistics(self.features)
         return self.statistics
+
+    def gauss(self):
+        """What _frechet() takes: the features where they are few, else (mu, sigma)."""
+        return self.features if self.features is not None and len(self.features) <= 2 * self.features.shape[1] else self.sums()
+
+
+def _side(path):
+    """The side that a folder or an .npz file is, its images found but not yet read."""
+    side = _Side(path=Path(path))
+    if side.path.is_dir():
+        side.files, below, recursive = find_images(side.path)
+        side.n = len(side.files)
+        if recursive:
+            _say(f"{path}: no image directly in it, {side.n} found in the folders below")
+        elif below:
+            _say(f"{path}: the {below} images in the folders below it are not read")
+        if side.n < 2:
+            raise FidError(f"{path}: a covariance needs at least 2 images, there is 1 ({side.files[0].name})")
+    elif not os.path.lexists(side.path):
+        raise FidError(f"{path}: no such folder or file")
+    elif side.path.suffix == ".npz" and side.path.is_file():
+        side.said = load_statistics(side.path)
+        side.statistics, side.n = (side.said["mu"], side.said["sigma"]), side.said["n"]
+    else:
+        raise FidError(f"{path}: neither a folder of images nor an .npz file")
+    return side
 
 
 def _say(*lines):
@@ -1074,7 +1109,7 @@ def _say(*lines):
 def _compare(real, fake, args):
     """Scores of one FAKE against REAL as a dict, in the order in which they are printed."""
     if args.features == "random":
-        out = {"rfd": random_distance(real.features, fake.features)}
+        out = {"rfd": _random_distance(real.gauss(), fake.gauss())}
     else:
         distance, mean_term, trace_term = _frechet(real.gauss(), fake.gauss())
         out = {"fid": distance, "mean_term": mean_term, "trace_term": trace_term}
@@ -1084,26 +1119,37 @@ def _compare(real, fake, args):
     if args.prdc:
         out.update({prefix + k: v for k, v in prdc(real.features, fake.features).items()})
     if args.copies:
-        out[prefix + "copies"] = copies(real.features, fake.features)[2]
+        if real.own is None:
+            real.own = _nearest(real.features, 1)
+        if fake.nearest is None:
+            fake.nearest = _copies(real.features, fake.features, real.own)
+        out[prefix + "copies"] = float(fake.nearest[2].mean())
     return out
 
 
-def _union(fakes):
+def _union(fakes, args):
     """All FAKE sets as one; None where an .npz does not say its n."""
-    whole = object.__new__(_Side)
-    whole.n, whole.features, whole.statistics = None, None, None
     if any(f.n is None for f in fakes):
         return None
-    whole.n = sum(f.n for f in fakes)
-    if all(f.features is not None for f in fakes):
+    whole = _Side(n=sum(f.n for f in fakes))
+    if args.copies:
+        whole.nearest = [np.concatenate(parts) for parts in zip(*(f.nearest for f in fakes))]
+    if all(f.features is not None for f in fakes) and (args.kid or args.prdc or whole.n <= 2 * fakes[0].features.shape[1]):
         whole.features = np.concatenate([f.features for f in fakes])
         return whole
     moments = _Moments()
     for f in fakes:
-        mu, sigma = f.statistics or statistics(f.features)
+        mu, sigma = f.sums()
         moments._add(f.n, mu, sigma * (f.n - 1))
     whole.statistics = moments.result()
     return whole
+
+
+def _summary(real, fakes, scores, args):
+    """[("mean", None, scores), ("union", n, scores)] of two or more FAKE; the union only where it can be told."""
+    whole = _union(fakes, args)
+    return [("mean", None, {k: float(np.mean([s[k] for s in scores])) for k in scores[0]})] + \
+        ([("union", whole.n, _compare(real, whole, args))] if whole else [])
 
 
 def _names(paths):
@@ -1115,17 +1161,57 @@ def _names(paths):
     return [f"{i + 1}:{p}" for i, p in enumerate(paths)]
 
 
+def _runs(fakes):
+    """{run folder: {group number: position in fakes}} where there are several FAKE and all are RUN/fakes/G<number>, each once; {} otherwise."""
+    runs = {}
+    for at, fake in enumerate(fakes):
+        path = Path(os.path.abspath(fake.path))
+        groups = runs.setdefault(path.parent.parent, {})
+        if path.parent.name != "fakes" or not GROUP.fullmatch(path.name) or int(path.name[1:]) in groups:
+            return {}
+        groups[int(path.name[1:])] = at
+    return runs if len(fakes) > 1 else {}
+
+
 def _number(key, value):
     return f"{value:.6f}" if "kid" in key else f"{value:.4f}"
 
 
-def _table(rows):
-    """Lines of a table: name, n, one column per score."""
-    keys = [k for k in rows[0][2] if k in LABELS]
-    cells = [["", "n"] + [LABELS[k].replace("standard error", "s.e.") for k in keys]]
-    cells += [[name, str(n or "")] + [_number(k, s[k]) for k in keys] for name, n, s in rows]
+def _label(key):
+    return LABELS[key].replace("standard error", "s.e.")
+
+
+def _aligned(cells):
+    """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     return ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in cells]
+
+
+def _table(rows):
+    """Lines of a table of (name, n, scores): a column per score."""
+    keys = [k for k in rows[0][2] if k in LABELS]
+    return _aligned([["", "n"] + [_label(k) for k in keys]] + [[name, str(n or "")] + [_number(k, s[k]) for k in keys] for name, n, s in rows])
+
+
+def _run_tables(runs, names, rows, summaries, floor):
+    """Lines of the paper's Table 1, once per score: a row per run; columns one group, G1 G2 ..., mean and union of the groups.
+
+    A run whose fakes/ holds one group is the baseline. rows: (name, n, scores) of every FAKE; summaries: _summary() by run; floor: such rows.
+    """
+    alone = {run for run in runs if sum(1 for e in os.scandir(run / "fakes") if GROUP.fullmatch(e.name)) == 1}
+    numbers = sorted({k for run, groups in runs.items() if run not in alone for k in groups})
+    columns = ["one group"] * bool(alone or floor) + [f"G{k}" for k in numbers] + ["mean", "union"] * bool(summaries)
+    lines = []
+    for key in [k for k in rows[0][2] if k in LABELS]:
+        cells = [[_label(key), "n", *columns]]
+        for (run, groups), name in zip(runs.items(), names):
+            ns = sorted({rows[i][1] for i in groups.values()})
+            values = {"one group" if run in alone else f"G{k}": rows[i][2][key] for k, i in groups.items()}
+            values.update({what: scores[key] for what, _, scores in summaries.get(run, ())})
+            cells.append([name, "-".join(map(str, ns[:1] + ns[1:][-1:]))] + [_number(key, values[c]) if c in values else "-" for c in columns])
+        cells += [[name, str(n), _number(key, scores[key])] + ["-"] * (len(columns) - 1) for name, n, scores in floor]
+        lines += [""] * bool(lines) + _aligned(cells)
+    return lines
 
 
 def _run(argv):
@@ -1136,7 +1222,7 @@ def _run(argv):
         _npz_name(args.save)
     if args.copies:
         _fresh(args.copies)
-    real, *fakes = sides = [_Side(p) for p in [args.real, *args.fakes]]
+    real, *fakes = sides = [_side(p) for p in [args.real, *args.fakes]]
     folders, files = [s for s in sides if s.files], [s for s in sides if not s.files]
     for s in files:
         for flag in ("kid", "prdc", "copies", "floor", "save"):
@@ -1208,22 +1294,23 @@ def _run(argv):
         _say(f"{name} from {min(small)} images is biased upwards (below {SMALL} it is mostly bias): compare only at the same n, see --floor and --kid")
     names = _names([s.path for s in fakes]) if fakes else []
     rows = [(n, f.n, _compare(real, f, args)) for n, f in zip(names, fakes)]
-    extra = []
-    if len(fakes) > 1:
-        extra.append(("mean", None, {k: float(np.mean([s[k] for _, _, s in rows])) for k in rows[0][2]}))
-        whole = _union(fakes)
-        if whole:
-            extra.append(("union", whole.n, _compare(real, whole, args)))
+    runs = _runs(fakes)
+    run_names = _names(list(runs)) if runs else []
+    if runs and len({f.n for f in fakes}) > 1:
+        _say(f"the groups hold {min(f.n for f in fakes)} to {max(f.n for f in fakes)} images: compare only at the same n")
+    pick = lambda members: _summary(real, [fakes[i] for i in members], [rows[i][2] for i in members], args)
+    summaries = {run: pick(groups.values()) for run, groups in runs.items() if len(groups) > 1}
+    extra, floor = [], []
+    if len(fakes) > 1 and (args.json or not runs):
+        extra = next(iter(summaries.values())) if len(runs) == 1 else pick(range(len(fakes)))
     if args.floor:
-        sides = [object.__new__(_Side) for _ in range(2)]
-        for s, f in zip(sides, halves(real.features)):
-            s.n, s.features, s.statistics = len(f), f, None
-        extra.append(("floor", sides[0].n, _compare(*sides, args)))
+        sides = [_Side(n=len(f), features=f) for f in halves(real.features)]
+        floor = [("floor", sides[0].n, _compare(*sides, args))]
         _say(f"floor: two random halves of REAL, {sides[0].n} against {sides[1].n} images")
     closest = []
     if args.copies:
         for f in fakes:
-            index, distance, _ = copies(real.features, f.features)
+            index, distance, _ = f.nearest
             closest += [(f.files[i], real.files[index[i]], float(distance[i])) for i in distance.argsort(kind="stable")[:CLOSEST]]
         closest = sorted(closest, key=lambda pair: pair[2])[:CLOSEST]
         copy_sheet(args.copies, closest)
@@ -1232,16 +1319,22 @@ def _run(argv):
         out = {"real": str(real.path), "n_real": real.n, "features": args.features, "dims": dims if args.features == "inception" else None,
                "resize": resize if args.features == "inception" else None, "precision": (args.precision or "fp32") if folders else None,
                "weights": digest[:8] if digest and args.features == "inception" else None, "k": 5 if args.prdc else None}
+        plain = lambda summary: {n: s if c is None else {"n": c, **s} for n, c, s in summary}
         entries = [{"fake": str(f.path), "name": n, "n_fake": f.n, **s} for (n, _, s), f in zip(rows, fakes)]
         out.update(entries[0] if len(entries) == 1 else {"fakes": entries} if entries else {})
-        out.update({n: s if c is None else {"n": c, **s} for n, c, s in extra})
+        out.update(plain(extra + floor))
+        if runs:
+            out["runs"] = [{"name": n, "fakes": [names[i] for i in groups.values()], **plain(summaries.get(run, ()))}
+                           for n, (run, groups) in zip(run_names, runs.items())]
         if closest:
             out["closest"] = [{"fake": str(f), "real": str(r), "distance": d} for f, r, d in closest]
         print(json.dumps({**out, "seconds": round(time.monotonic() - begin, 2)}))
+    elif runs:
+        print("\n".join(_run_tables(runs, run_names, rows, summaries, floor)))
     elif len(rows) > 1:
-        print("\n".join(_table(rows + extra)))
+        print("\n".join(_table(rows + extra + floor)))
     else:
-        for prefix, scores in [("", s) for _, _, s in rows] + [(n + " ", s) for n, _, s in extra]:
+        for prefix, scores in [("", s) for _, _, s in rows] + [(n + " ", s) for n, _, s in floor]:
             for k, v in scores.items():
                 if k in LABELS:
                     print(f"{prefix}{LABELS[k]}: {_number(k, v)}")
@@ -1249,7 +1342,7 @@ def _run(argv):
 
 def _measure(side, label, model, args, resize, ranks):
     """One pass over a folder; the features are kept only where something needs them."""
-    keep = args.kid or args.prdc or args.floor or args.copies or model.kind == "random" or side.n <= 2 * model.dims
+    keep = args.kid or args.prdc or args.floor or args.copies or side.n <= 2 * model.dims
     progress = _Progress(label, side.n) if int(os.environ.get("RANK", 0)) == 0 else None
     found = _extract(side.files, model, args.batch_size or 50, args.workers, resize, args.skip_bad, keep, progress, ranks)
     if found.bad:

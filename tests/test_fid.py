@@ -807,6 +807,105 @@ def test_copies_are_found_and_pictured(run, fails, folders, tmp_path, small_mode
         fid.copies(f["real"][:1], f["fake"])
 
 
+def test_exact_copies_count_and_are_zero_apart(run, tmp_path):
+    """Also where REAL holds the copied image twice, so that no fake can be nearer to it than its twin is; groups and class folders in one list."""
+    real = pictures(40)
+    real[7] = real[3]
+    write(tmp_path / "real/Crack", real[:20]), write(tmp_path / "real/Rust", real[20:])
+    for group, number in (("G1", 3), ("G2", 30)):
+        fake = pictures(12, int(group[1]))
+        fake[5] = real[number]
+        write(tmp_path / "run/fakes" / group / "Rust", fake)
+    fakes = [tmp_path / "run/fakes/G1", tmp_path / "run/fakes/G2"]
+    got = json.loads(run(tmp_path / "real", *fakes, "--copies", tmp_path / "sheet.png", "--json")[1])
+    first, second, third = got["closest"][:3]
+    assert [c["distance"] for c in (first, second)] == [0, 0] and third["distance"] > 0
+    assert {c["fake"] for c in (first, second)} == {str(f / "Rust/005.png") for f in fakes}
+    assert {c["real"] for c in (first, second)} <= {str(tmp_path / "real" / n) for n in ("Crack/003.png", "Crack/007.png", "Rust/010.png")}
+    assert len(got["closest"]) == 24 and got["union"]["copies"] == pytest.approx(got["mean"]["copies"])
+    f = np.random.RandomState(0).standard_normal((9, 5)).astype(np.float32)
+    f[1] = f[0]
+    index, distance, share = fid.copies(f, np.concatenate([f[:1], f[4:5], f[5:6] + 9]))
+    assert index[0] in (0, 1) and index[1] == 4 and list(distance[:2]) == [0, 0] and share == pytest.approx(2 / 3)
+
+
+def test_neighbour_searches_hold_blocks_and_reals_are_compared_once(monkeypatch, run, folders, tmp_path):
+    assert [d2.nbytes >> 20 for _, d2 in fid._squared_distances(np.ones((65, 1), np.float32), np.zeros((1 << 18, 1), np.float32))] == [128, 2]
+    calls = []
+    search = fid._squared_distances
+    monkeypatch.setattr(fid, "_squared_distances", lambda x, y: calls.append((len(x), len(y))) or search(x, y))
+    run(folders / "real", folders / "G1", folders / "G2", "--copies", tmp_path / "sheet.png")
+    assert sorted(calls) == [(12, 14), (13, 14), (14, 14)]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """REAL and the runs acgan-1, acgan-3, sagan-3 with images in class folders and flat; fakes/ also holds what --sample writes beside the groups."""
+    write(tmp_path / "real", pictures(24, size=16))
+    for run_name, groups in (("acgan-1", (1,)), ("acgan-3", (1, 2, 10)), ("sagan-3", (1, 2, 3))):
+        for k in groups:
+            write(tmp_path / "runs" / run_name / f"fakes/G{k}" / ("Crack" if "acgan" in run_name else ""), pictures(12, 10 * len(run_name) + k + len(groups), 16, 5 * k))
+        (tmp_path / "runs" / run_name / "fakes/manifest.csv").write_text("file,group,class,z\n")
+    return tmp_path
+
+
+def test_runs_are_the_rows_of_the_papers_table(run, runs, monkeypatch):
+    folders = sorted((runs / "runs").glob("*/fakes/G*"))
+    argv = (runs / "real", *folders, "--kid", "--prdc", "--floor", "--features", "random")
+    status, out, err = run(*argv)
+    got = json.loads(run(*argv, "--json")[1])
+    assert status == 0 and "hold" not in err
+    blocks = [[line.split() for line in block.splitlines()] for block in out.replace("one group", "one_group").replace("KID s.e.", "KID_s.e.")
+              .replace(" (k=5)", "").split("\n\n")]
+    names = ["rFD", "rKID", "rKID_s.e.", "rprecision", "rrecall", "rdensity", "rcoverage"]
+    assert [b[0] for b in blocks] == [[n, "n", "one_group", "G1", "G2", "G3", "G10", "mean", "union"] for n in names]
+    assert len({len(line) for line in out.split("\n\n")[0].splitlines()}) == 1
+    entry = {e["name"]: e for e in got["fakes"]}
+    by_run = {r["name"]: r for r in got["runs"]}
+    assert list(by_run) == ["acgan-1", "acgan-3", "sagan-3"] and by_run["acgan-3"]["fakes"] == [f"acgan-3/fakes/G{k}" for k in (1, 10, 2)]
+    assert set(by_run["acgan-1"]) == {"name", "fakes"}
+    for b, key in zip(blocks, ("rfd", "rkid", "rkid_se", "rprecision", "rrecall", "rdensity", "rcoverage")):
+        say = lambda v: f"{v:.6f}" if "kid" in key else f"{v:.4f}"
+        row = lambda r, ks: [say(entry[f"{r}/fakes/G{k}"][key]) if k else "-" for k in ks] + [say(by_run[r]["mean"][key]), say(by_run[r]["union"][key])]
+        assert b[1:] == [["acgan-1", "12", say(entry["acgan-1/fakes/G1"][key])] + ["-"] * 6, ["acgan-3", "12", "-", *row("acgan-3", (1, 2, 0, 10))],
+                         ["sagan-3", "12", "-", *row("sagan-3", (1, 2, 3, 0))], ["floor", "12", say(got["floor"][key])] + ["-"] * 6]
+        assert by_run["sagan-3"]["mean"][key] == pytest.approx(np.mean([entry[f"sagan-3/fakes/G{k}"][key] for k in (1, 2, 3)]))
+    alone = json.loads(run(runs / "real", *folders[-3:], "--kid", "--prdc", "--json", "--features", "random")[1])         # the union of a run is that of its folders
+    assert alone["union"] == by_run["sagan-3"]["union"] == alone["runs"][0]["union"] and alone["union"]["n"] == 36 and got["union"]["n"] == 84
+    monkeypatch.chdir(runs / "runs/sagan-3")                                                       # the run is named from inside it too
+    lines = [line.split() for line in run(runs / "real", "fakes/G1", "fakes/G2", "fakes/G3", "--features", "random")[1].splitlines()]
+    assert [line[0] for line in lines] == ["rFD", "sagan-3"] and lines[0][2:] == ["G1", "G2", "G3", "mean", "union"]
+
+
+def test_groups_of_a_ring_are_no_baseline_and_other_folders_keep_their_table(run, runs):
+    acgan, sagan = runs / "runs/acgan-3/fakes", runs / "runs/sagan-3/fakes"
+    lines = [line.split() for line in run(runs / "real", acgan / "G2", sagan / "G2", "--features", "random")[1].splitlines()]
+    assert [line[:2] + line[2:3] for line in lines] == [["rFD", "n", "G2"], ["acgan-3", "12", lines[1][2]], ["sagan-3", "12", lines[2][2]]]
+    assert all(len(line) == 3 for line in lines)
+    write(acgan / "G2/Crack", pictures(15, 3, 16))
+    status, out, err = run(runs / "real", acgan / "G1", acgan / "G2", "--features", "random")
+    assert "12 to 15 images" in err and out.splitlines()[1].split()[:2] == ["acgan-3", "12-15"]
+    assert run(runs / "real", sagan / "G1", "--features", "random")[1].startswith("rFD: ")
+    for more in ([sagan / "G1"], [runs / "runs/acgan-1/fakes/G1/Crack"]):
+        out = run(runs / "real", sagan / "G1", sagan / "G2", *more, "--features", "random")[1].splitlines()
+        assert len(out) == 6 and out[-2].startswith("mean ") and out[-1].startswith("union ")
+
+
+def test_rfd_from_sums_is_that_of_features(monkeypatch):
+    """Above 2 x 1280 images no features are kept: each network's block of the whole covariance counts."""
+    a, b = (np.random.RandomState(k).gamma(2, 1 + k, (700, 1280)).astype(np.float32) for k in (0, 1))
+    sides = [fid._Side(statistics=fid.statistics(x)) for x in (a, b)]
+    args = fid._arguments(["real", "fake", "--features", "random"])
+    assert fid._compare(*sides, args)["rfd"] == pytest.approx(fid.random_distance(a, b), rel=1e-9)
+    kept = []
+    found = types.SimpleNamespace(n=3000, files=[], features=None, sizes=set(), bad=[], deep=0, moments=types.SimpleNamespace(result=lambda: sides[0].statistics))
+    monkeypatch.setattr(fid, "_extract", lambda files, model, *rest: kept.append(rest[4]) or found)
+    model = types.SimpleNamespace(kind="random", dims=1280)
+    for n in (2560, 2561):
+        fid._measure(fid._Side(path="fake", n=n, files=[]), "fake", model, args, "torch", None)
+    assert kept == [True, False]
+
+
 def test_floor_alone_and_underscores(run, folders):
     status, out, _ = run(folders / "real", "--floor", "--batch_size", "3")
     assert status == 0 and out.startswith("floor FID: ")
