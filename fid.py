@@ -1044,7 +1044,7 @@ def _arguments(argv):
     p.add_argument("--json", action="store_true", help="one JSON object on stdout")
     p.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     p.add_argument("--save", metavar="NPZ", help="write mu and sigma of the one folder given; never overwrites")
-    args = p.parse_args([a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv])
+    args = p.parse_intermixed_args([a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv])
     if args.features == "random":
         for flag in ("dims", "weights", "resize", "precision", "save"):
             if getattr(args, flag) is not None:

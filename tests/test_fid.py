@@ -909,7 +909,7 @@ def test_rfd_from_sums_is_that_of_features(monkeypatch):
 def test_floor_alone_and_underscores(run, folders):
     status, out, _ = run(folders / "real", "--floor", "--batch_size", "3")
     assert status == 0 and out.startswith("floor FID: ")
-    status, out, _ = run(folders / "real", folders / "G1", "--batch_size=3")
+    status, out, _ = run(folders / "real", "--batch_size=3", folders / "G1")
     assert status == 0 and out.startswith("FID: ")
 
 

@@ -1,5 +1,7 @@
 """README.md says nothing that does not work: its example GAN, its four lines, its flags, its files."""
+import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -45,6 +47,34 @@ def test_the_four_lines_need_only_sagan(blocks, root, tmp_path):
     (tmp_path / "four.py").write_text(text + "\nassert images.shape == (16, 3, 64, 64) and images.abs().max() <= 1\n")
     subprocess.run([sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); exec(open('four.py').read())"],
                    cwd=tmp_path, check=True, timeout=120)
+
+
+TINY = {                                        # what stands in the README's recipe: what runs here; each stands there once
+    "--demo original_dataset/": "--demo original_dataset/ --photos 2",
+    "original_dataset/ crops/": "original_dataset/ crops/ --n 24",
+    "--steps 50000": "--steps 2 --ch 4 --batch-size 4",
+    "--sample 10000": "--sample 12",
+    "fid.py crops/": "fid.py crops/ --features random",
+}
+
+
+def test_the_recipe_runs_from_photos_to_the_papers_table(readme, root, tmp_path):
+    (script,) = re.findall(r"```sh\n(.*?)```", readme, re.S)
+    for there, here in TINY.items():
+        assert script.count(there) == 1, there
+        script = script.replace(there, here)
+    for name in ("crop_codebrim.py", "okd_train.py", "fid.py"):
+        (tmp_path / name).symlink_to(root / name)
+    python = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\n'
+    p = subprocess.run(["sh", "-c", python + script], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr[-4000:]
+    table = [line.split() for line in p.stdout.replace("one group", "one_group").splitlines()[-5:]]
+    assert table[0] == ["rFD", "n", "one_group", "G1", "G2", "G3", "mean", "union"]
+    assert [row[:2] for row in table[1:]] == [[f"{model}-{groups}-seed0", "12"] for model in ("acgan", "sagan") for groups in (1, 3)]
+    for row in table[1:]:
+        assert [cell == "-" for cell in row[2:]] == [row[0][6] != "1"] + [row[0][6] == "1"] * 5
+        assert all(float(cell) > 0 for cell in row[2:] if cell != "-")
+    assert float(table[2][6]) == pytest.approx(sum(map(float, table[2][3:6])) / 3, abs=2e-4)
 
 
 def test_every_flag_exists(readme, root):
