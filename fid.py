@@ -65,12 +65,9 @@ class _Moments:
             x = rows[i:i + 2048].astype(np.float64)
             mean = x.mean(0)
             x -= mean
-            self._add(len(x), mean, x.T @ x)
+            self.add(len(x), mean, x.T @ x)
 
-    def merge(self, other):
-        self._add(other.n, other.mean, other.scatter)
-
-    def _add(self, n, mean, scatter):
+    def add(self, n, mean, scatter):
         if not self.n:
             self.n, self.mean, self.scatter = n, mean, scatter.copy()
             return
@@ -98,6 +95,14 @@ def _rows(f, what):
     if f.ndim != 2 or f.dtype.kind != "f":
         raise FidError(f"{what}: an array (n, d) of floats is needed, not {f.dtype} {f.shape}")
     return f
+
+
+def _pair(features1, features2, what1="the first features", what2="the second features"):
+    """Both as arrays (n1, d), (n2, d) of floats, or FidError."""
+    a, b = _rows(features1, what1), _rows(features2, what2)
+    if a.shape[1] != b.shape[1]:
+        raise FidError(f"features of {a.shape[1]} and of {b.shape[1]} dimensions cannot be compared")
+    return a, b
 
 
 def _factor(sigma):
@@ -130,6 +135,8 @@ def _factor(sigma):
 def _mean_and_trace(side):
     if isinstance(side, tuple):
         return side[0], float(np.trace(side[1]))
+    if len(side) < 2:
+        raise FidError(f"a covariance needs at least 2 images, there is {len(side)}")
     mean = side.mean(0, dtype=np.float64)
     return mean, sum(float(((side[i:i + 2048] - mean) ** 2).sum()) for i in range(0, len(side), 2048)) / (len(side) - 1)
 
@@ -171,12 +178,7 @@ def frechet_distance(mu1, sigma1, mu2=None, sigma2=None):
     if (mu2 is None) != (sigma2 is None):
         raise FidError("frechet_distance takes mu1, sigma1, mu2, sigma2 or two feature arrays")
     if mu2 is None:
-        a, b = _rows(mu1, "the first features"), _rows(sigma1, "the second features")
-        for f in (a, b):
-            if len(f) < 2:
-                raise FidError(f"a covariance needs at least 2 images, there is {len(f)}")
-        if a.shape[1] != b.shape[1]:
-            raise FidError(f"features of {a.shape[1]} and of {b.shape[1]} dimensions cannot be compared")
+        a, b = _pair(mu1, sigma1)
     else:
         a, b = (_check_statistics(m, s, "statistics") for m, s in ((mu1, sigma1), (mu2, sigma2)))
         if a[0].shape != b[0].shape:
@@ -204,9 +206,6 @@ def random_distance(features1, features2):
     width = len(RANDOM_SEEDS) * RANDOM_WIDTH
     if a.shape[1] != width or b.shape[1] != width:
         raise FidError(f"rFD needs features(..., features='random') on both sides, width {width}, not {a.shape[1]} and {b.shape[1]}")
-    for f in (a, b):
-        if len(f) < 2:
-            raise FidError(f"a covariance needs at least 2 images, there is {len(f)}")
     return _random_distance(a, b)
 
 
@@ -226,9 +225,7 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=0)
     overlapping subsets says nothing about it). Near distance 0 it errs on the large side, by up to sqrt(2).
     Returns (mean, standard error), floats. FidError for fewer than 3 rows or widths that differ.
     """
-    a, b = _rows(features1, "the first features"), _rows(features2, "the second features")
-    if a.shape[1] != b.shape[1]:
-        raise FidError(f"features of {a.shape[1]} and of {b.shape[1]} dimensions cannot be compared")
+    a, b = _pair(features1, features2)
     m = min(subset_size, len(a), len(b))
     if m < 3:
         raise FidError(f"KID needs at least 3 images on each side, there are {len(a)} and {len(b)}")
@@ -287,9 +284,7 @@ def prdc(real, fake, k=5):
     precision: share of fakes inside some real ball; recall: share of reals inside some fake ball; density: real balls that hold a fake,
     mean over fakes, divided by k (may exceed 1); coverage: share of real balls that hold a fake. FidError unless n1, n2 > k >= 1.
     """
-    real, fake = _rows(real, "real"), _rows(fake, "fake")
-    if real.shape[1] != fake.shape[1]:
-        raise FidError(f"features of {real.shape[1]} and of {fake.shape[1]} dimensions cannot be compared")
+    real, fake = _pair(real, fake, "real", "fake")
     if k < 1 or min(len(real), len(fake)) <= k:
         raise FidError(f"precision, recall, density and coverage with k = {k} need more than {k} images on each side, "
                        f"there are {len(real)} and {len(fake)}")
@@ -315,9 +310,9 @@ def copies(real, fake):
     images of the same kind count too (0.1 to 0.7 of them, the fewer the more dimensions their spread has): compare the share with that
     between two halves of the real images, not with 0. FidError for fewer than 2 reals.
     """
-    real, fake = _rows(real, "real"), _rows(fake, "fake")
-    if real.shape[1] != fake.shape[1] or len(real) < 2:
-        raise FidError(f"a copy check needs at least 2 real images and features of one width, there are {real.shape} and {fake.shape}")
+    real, fake = _pair(real, fake, "real", "fake")
+    if len(real) < 2:
+        raise FidError(f"a copy check needs at least 2 real images, there is {len(real)}")
     index, distance, copied = _copies(real, fake, _nearest(real, 1))
     return index, distance, float(copied.mean())
 
@@ -525,7 +520,7 @@ def inception(dims=2048, weights=None, device=None, precision="fp32"):
 
     dims: 2048, 768, 192 or 64. weights: a path as for find_weights(). device: None takes the GPU if there is one.
     precision: fp32, or tf32 / bf16 (CUDA; bf16 anywhere), which are faster and change FID a little.
-    Attributes: kind "inception", dims, size 299, device, digest (sha256 of the weights file).
+    Attributes: dims, size 299, device, digest (sha256 of the weights file).
     """
     import torch
     if dims not in DIMS:
@@ -539,11 +534,11 @@ def inception(dims=2048, weights=None, device=None, precision="fp32"):
     folded = load_weights(file)
 
     class Inception(torch.nn.Module):
-        kind, size = "inception", 299
+        size = 299
 
         def __init__(self):
             super().__init__()
-            self.dims, self.device, self.digest, self.precision = dims, device, _digest(file), precision
+            self.dims, self.device, self.digest = dims, device, _digest(file)
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             for name, (w, b) in folded.items():
                 self.register_buffer(name.replace(".", "_") + "_w", w.to(device, dtype, memory_format=torch.channels_last))
@@ -587,14 +582,14 @@ def random_networks(device=None):
 
     Distances in their features order sets of the same subject by how far they are from the real one; the values mean nothing by themselves
     and compare only at one image size (Naeem et al. 2002.09797, section 5, on random embeddings).
-    Attributes: kind "random", dims 1280, size None (the images' own), device, digest.
+    Attributes: dims 1280, size None (the images' own), device, digest.
     """
     import torch
     import torch.nn.functional as F
     device = _device(device)
 
     class RandomNetworks(torch.nn.Module):
-        kind, size, precision = "random", None, "fp32"
+        size = None
         dims, digest = len(RANDOM_SEEDS) * RANDOM_WIDTH, f"random-{len(RANDOM_SEEDS)}x{RANDOM_WIDTH}"
 
         def __init__(self):
@@ -1108,12 +1103,11 @@ def _say(*lines):
 
 def _compare(real, fake, args):
     """Scores of one FAKE against REAL as a dict, in the order in which they are printed."""
-    if args.features == "random":
+    prefix = "r" if args.features == "random" else ""
+    if prefix:
         out = {"rfd": _random_distance(real.gauss(), fake.gauss())}
     else:
-        distance, mean_term, trace_term = _frechet(real.gauss(), fake.gauss())
-        out = {"fid": distance, "mean_term": mean_term, "trace_term": trace_term}
-    prefix = "r" if args.features == "random" else ""
+        out = dict(zip(("fid", "mean_term", "trace_term"), _frechet(real.gauss(), fake.gauss())))
     if args.kid:
         out[prefix + "kid"], out[prefix + "kid_se"] = kernel_distance(real.features, fake.features)
     if args.prdc:
@@ -1140,7 +1134,7 @@ def _union(fakes, args):
     moments = _Moments()
     for f in fakes:
         mu, sigma = f.sums()
-        moments._add(f.n, mu, sigma * (f.n - 1))
+        moments.add(f.n, mu, sigma * (f.n - 1))
     whole.statistics = moments.result()
     return whole
 
@@ -1214,16 +1208,9 @@ def _run_tables(runs, names, rows, summaries, floor):
     return lines
 
 
-def _run(argv):
-    args = _arguments(argv)
-    begin = time.monotonic()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.save:
-        _npz_name(args.save)
-    if args.copies:
-        _fresh(args.copies)
-    real, *fakes = sides = [_side(p) for p in [args.real, *args.fakes]]
-    folders, files = [s for s in sides if s.files], [s for s in sides if not s.files]
+def _check(args, sides, folders, files):
+    """(dims, resize) of this comparison; FidError for all that can be refused before a network is loaded."""
+    real = sides[0]
     for s in files:
         for flag in ("kid", "prdc", "copies", "floor", "save"):
             if getattr(args, flag) and (s is real or flag != "floor"):
@@ -1231,15 +1218,12 @@ def _run(argv):
         if args.features == "random":
             raise FidError(f"{s.path}: --features random needs the images")
     dims = args.dims or (2048 if folders else len(files[0].said["mu"]))
-    resize = args.resize or "torch"
+    resize = args.resize or next((s.said["resize"] for s in files if s.said["resize"] and not folders), "torch")
     for s in files:
         if len(s.said["mu"]) != dims:
-            raise FidError(f"{s.path}: statistics of {len(s.said['mu'])} dims, the others have {dims}" + (f" (see --dims)" if folders else ""))
-        if s.said["resize"] not in (None, resize if folders or args.resize else files[0].said["resize"] or s.said["resize"]):
-            raise FidError(f"{s.path}: made with resize {s.said['resize']}, the others with {resize if folders or args.resize else files[0].said['resize']}")
-    digest = next((s.said["weights"] for s in files if s.said["weights"]), None)
-    if folders and args.features == "inception":
-        weights = find_weights(args.weights, download=world == 1) if world == 1 else None
+            raise FidError(f"{s.path}: statistics of {len(s.said['mu'])} dims, the others have {dims}" + (" (see --dims)" if folders else ""))
+        if s.said["resize"] not in (None, resize):
+            raise FidError(f"{s.path}: made with resize {s.said['resize']}, the others with {resize}")
     for flag in ("weights", "device", "precision", "batch-size", "workers", "skip-bad"):
         if not folders and getattr(args, flag.replace("-", "_")) not in (None, False):
             raise FidError(f"--{flag} has no meaning where all sides are .npz files")
@@ -1250,32 +1234,54 @@ def _run(argv):
             raise FidError(f"{s.path}: {s.n} images are too few for --prdc with k = 5")
         if args.kid and s.n < (6 if args.floor and s is real else 3):
             raise FidError(f"{s.path}: {s.n} images are too few for --kid")
+    return dims, resize
 
-    if folders:
-        ranks = None
-        if world > 1:
-            import torch.distributed as ranks
-            ranks.init_process_group("gloo")    # what travels are features, already on the CPU
-            rank = ranks.get_rank()
-        try:
-            if world > 1 and args.features == "inception":
-                weights = _together(ranks, args.weights)
-            model = inception(dims, weights, args.device, args.precision or "fp32") if args.features == "inception" else random_networks(args.device)
-            digest = digest or model.digest
-            for s in files:
-                if s.said["weights"] not in (None, model.digest[:len(s.said["weights"] or "")]):
-                    raise FidError(f"{s.path}: made with weights {s.said['weights'][:8]}, these are {model.digest[:8]}")
-            for s, label in zip(sides, ["real"] + [f"fake {i + 1} of {len(fakes)}" if len(fakes) > 1 else "fake" for i in range(len(fakes))]):
-                if s.files:
-                    _measure(s, label, model, args, resize, ranks)
-            if world > 1:
-                ranks.barrier()                 # nobody takes the group down while another still receives
-        finally:
-            if world > 1 and ranks.is_initialized():
-                ranks.destroy_process_group()
+
+def _same_weights(files, digest=None):
+    """The digest of the weights that all .npz files and the network, if there is one, agree on; None where nobody says it."""
     for s in files:
-        if digest and s.said["weights"] not in (None, digest[:len(s.said["weights"] or "")]) and not folders:
-            raise FidError(f"{s.path}: made with weights {s.said['weights'][:8]}, the others with {digest[:8]}")
+        said = s.said["weights"]
+        digest = digest or said
+        if said and said != digest[:len(said)]:
+            raise FidError(f"{s.path}: made with weights {said[:8]}, the others with {digest[:8]}")
+    return digest
+
+
+def _read(args, sides, files, dims, resize, world):
+    """Load the network and measure every folder, on all ranks; the digest of the weights."""
+    random, ranks = args.features == "random", None
+    weights = None if random or world > 1 else find_weights(args.weights)       # before torch is imported: a mistake answers at once
+    if world > 1:
+        import torch.distributed as ranks
+        ranks.init_process_group("gloo")        # what travels are features, already on the CPU
+    try:
+        if ranks and not random:
+            weights = _together(ranks, args.weights)
+        model = random_networks(args.device) if random else inception(dims, weights, args.device, args.precision or "fp32")
+        digest = _same_weights(files, model.digest)
+        for i, s in enumerate(sides):
+            if s.files:
+                _measure(s, "real" if not i else f"fake {i} of {len(sides) - 1}" if len(sides) > 2 else "fake", model, args, resize, ranks)
+        if ranks:
+            ranks.barrier()                     # nobody takes the group down while another still receives
+    finally:
+        if ranks and ranks.is_initialized():
+            ranks.destroy_process_group()
+    return digest
+
+
+def _run(argv):
+    args = _arguments(argv)
+    begin = time.monotonic()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.save:
+        _npz_name(args.save)
+    if args.copies:
+        _fresh(args.copies)
+    real, *fakes = sides = [_side(p) for p in [args.real, *args.fakes]]
+    folders, files = [s for s in sides if s.files], [s for s in sides if not s.files]
+    dims, resize = _check(args, sides, folders, files)
+    digest = _read(args, sides, files, dims, resize, world) if folders else _same_weights(files)
     if rank:
         return
     if args.features == "inception" and digest and not digest.startswith(WEIGHTS_SHA256):

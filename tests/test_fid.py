@@ -330,8 +330,8 @@ def test_moments_do_not_depend_on_the_blocks():
     for p, rows in zip(parts, np.split(f, [7, 3000])):
         for block in np.array_split(rows, 5):
             p.update(block)
-    parts[0].merge(parts[1])
-    parts[0].merge(parts[2])
+    for p in parts[1:]:
+        parts[0].add(p.n, p.mean, p.scatter)
     for x, y in zip(parts[0].result(), want):
         np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13)
 
@@ -900,7 +900,7 @@ def test_rfd_from_sums_is_that_of_features(monkeypatch):
     kept = []
     found = types.SimpleNamespace(n=3000, files=[], features=None, sizes=set(), bad=[], deep=0, moments=types.SimpleNamespace(result=lambda: sides[0].statistics))
     monkeypatch.setattr(fid, "_extract", lambda files, model, *rest: kept.append(rest[4]) or found)
-    model = types.SimpleNamespace(kind="random", dims=1280)
+    model = types.SimpleNamespace(dims=1280)
     for n in (2560, 2561):
         fid._measure(fid._Side(path="fake", n=n, files=[]), "fake", model, args, "torch", None)
     assert kept == [True, False]
@@ -941,6 +941,8 @@ def test_statistics_that_do_not_belong_together(run, fails, folders, tmp_path, w
     wide = put("wide", mu=np.zeros(192), sigma=np.eye(192))
     fails(clean, g1, words=["clean.npz", "resize"])
     fails(clean, tmp_path / "a.npz", weigh=False, words=["resize"])
+    np.savez(tmp_path / "silent.npz", mu=f["mu"], sigma=f["sigma"])
+    fails(tmp_path / "silent.npz", clean, tmp_path / "a.npz", weigh=False, words=["a.npz", "resize"])
     fails(other, g1, words=["other.npz", "weights abababab"])
     fails(other, tmp_path / "a.npz", weigh=False, words=["weights"])
     fails(wide, g1, words=["wide.npz", "192 dims"])
@@ -1088,7 +1090,7 @@ def test_memory_is_flat_in_n_where_sums_suffice_and_features_are_held_once(root)
         import numpy as np, torch, fid
         torch.set_num_threads(2)
         class Stub:                             # as wide as the network, without its work
-            kind, size, dims, device = "inception", 16, 2048, torch.device("cpu")
+            size, dims, device = 16, 2048, torch.device("cpu")
             def __call__(self, x):
                 return x.flatten(1).repeat(1, 3)[:, :2048].contiguous()
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
