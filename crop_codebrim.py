@@ -1341,7 +1341,7 @@ def main(argv=None):
     p.add_argument("--sheet", type=Path, metavar="sheet.png", help="also write a contact sheet, a row per class")
     p.add_argument("--demo", type=Path, metavar="DIR", help="render a synthetic original_dataset into the new folder DIR instead of cropping (reads --seed, --workers, --photos)")
     p.add_argument("--photos", type=at_least(1), default=None, metavar="K", help="photos of the demo (default 36)")
-    a = p.parse_args(argv)
+    a = p.parse_intermixed_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")              # file names that are no text must not end the run
@@ -1349,6 +1349,9 @@ def main(argv=None):
         if a.demo:
             if a.source or a.target:
                 return one_line("--demo renders a data set and crops nothing: leave out the two folders, then run again without --demo")
+            unread = [k for k in vars(a) if k not in ("demo", "seed", "workers", "photos") and getattr(a, k) != p.get_default(k)]
+            if unread:
+                return one_line(f"--{unread[0]} has no meaning with --demo, which crops nothing: give it to the run that crops")
             started = time.monotonic()
             n_photos = a.photos or 36
             n_boxes = demo(a.demo, n_photos, a.seed, a.workers)

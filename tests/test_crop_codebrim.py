@@ -887,6 +887,7 @@ def test_the_last_step_is_one_renaming(bridge, tmp_path, monkeypatch):
     (["SRC", "OUT", "--photos", "3"], "belongs to --demo"),
     (["SRC", "OUT", "--demo", "d"], "crops nothing"),
     (["--demo", "FULL"], "exists already"),
+    (["--demo", "d", "--sheet", "s.png"], "--sheet has no meaning with --demo"),
     (["SRC", "OUT", "--wind", "box"], "unrecognized"),
 ])
 def test_what_the_user_can_mend_is_one_line(bridge, tmp_path, args, words):
@@ -917,7 +918,7 @@ def test_broken_photos_are_named_by_the_command(tmp_path):
 
 def test_underscores_and_an_empty_target(bridge, tmp_path):
     (tmp_path / "crops").mkdir()
-    run(bridge, tmp_path / "crops/", "--n", 5, "--window=native")
+    run(bridge, "--n", 5, tmp_path / "crops/", "--window=native")
     assert len(table(tmp_path / "crops")) == 5
 
 
