@@ -6,6 +6,7 @@
     python okd_train.py --model my_gan.py --groups 2 --data photos/   # any script with a Generator and a Discriminator
     python okd_train.py --model sagan --groups 3 --data crops/ --resume            # go on, bit for bit
     python okd_train.py --out runs/sagan-3 --sample 1000              # 1000 PNGs per group in runs/sagan-3/fakes/
+    python okd_train.py --out runs/acgan-3 --per-class Crack=500 --group best --to cracks/        # 500 PNGs of one class, by the best generator
 
 Every group i has its own networks and its own order of the data. Its connector C_i is a second critic that scores the
 images of the next group's generator as real and those of its own as fake; the generator answers to both:
@@ -31,11 +32,13 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
 import uuid
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,7 +106,7 @@ def draw(seed, step, group, purpose, kind, shape=()):
 
 def _key(seed, step, group, purpose, n_bytes):
     """A key of n_bytes for one purpose; keys of different purposes have nothing in common."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{group}/{purpose}".encode(), digest_size=n_bytes).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{group}/{purpose}".encode(errors="surrogateescape"), digest_size=n_bytes).digest(), "little")
 
 
 def seed_torch(seed, step, group, purpose):
@@ -1395,7 +1398,12 @@ def trainer_flags(p):
     p.add_argument("--fid-samples", type=int, metavar="N", help="fakes per group and score (default 2000 on the CPU, 10000 on CUDA)")
     p.add_argument("--fid-data", metavar="DIR", help="held-out images to score against (default: the training images)")
     p.add_argument("--fid-features", choices=("inception", "random"), default="inception", help="random: rFD, needs no weights (default inception)")
-    p.add_argument("--sample", type=int, metavar="N", help="do not train: write N images per group of the run in --out to OUT/fakes/")
+    p.add_argument("--sample", type=int, metavar="N", help="do not train: write N images per group of the run in --out, with manifest.csv; a stopped export "
+                   "goes on when the same command is given")
+    p.add_argument("--per-class", metavar="CLASS=N,...", help="in place of --sample N: exactly so many images of these classes per group, of a class-conditional run")
+    p.add_argument("--group", default="all", metavar="all|best|1,3", help="whose images; best: the group and step with the lowest score of --fid-every (default all)")
+    p.add_argument("--to", metavar="DIR", help="empty or new folder for the images (default OUT/fakes)")
+    p.add_argument("--npz", action="store_true", help="a file G1.npz (arr_0, labels, classes, group) per group in place of PNGs")
 
 
 def parse(argv):
@@ -1404,11 +1412,11 @@ def parse(argv):
     first = Parser(add_help=False, allow_abbrev=False)
     for name in ("--model", "--out"):
         first.add_argument(name)
-    for name in ("--resume", "--sample"):
+    for name in ("--resume", "--sample", "--per-class"):
         first.add_argument(name, nargs="?", const=True)
     early, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     saved = {}
-    if early.model is None and early.out and (early.resume or early.sample) and (Path(early.out) / "args.json").exists():
+    if early.model is None and early.out and (early.resume or exports(early)) and (Path(early.out) / "args.json").exists():
         saved = read_args(Path(early.out))
     script = Script(early.model or saved.get("model") or "sagan")
 
@@ -1446,7 +1454,10 @@ def settle(s, script, named):
     changed = {}
     if s.out is None:
         s.out = f"runs/{script.name}-{s.groups}"
-    if (s.resume or s.sample is not None) and (Path(s.out) / "args.json").exists():
+    idle = named & (MAY_CHANGE - {"device", "nproc"} | {"resume"} if exports(s) else {"group", "to", "npz"})
+    if idle:
+        raise UserError(f"{', '.join('--' + k.replace('_', '-') for k in sorted(idle))}: without effect {'with' if exports(s) else 'without'} --sample or --per-class")
+    if (s.resume or exports(s)) and (Path(s.out) / "args.json").exists():
         saved = read_args(Path(s.out))
         if "model" in named and Path(saved["script"]).stem != script.name:
             raise UserError(f"{s.out} was trained with {saved['model']}, not with {script.name}")
@@ -1526,7 +1537,7 @@ class Progress:
         self.last, self.open = 0.0, False
         self.marks = []                                             # (time, step) of the last 30 s
 
-    def __call__(self, step, s, out):
+    def __call__(self, step, s=None, out=None):
         now = time.monotonic()
         self.marks = [m for m in self.marks if m[0] > now - 30][-200:] + [(now, step)]
         if self.quiet or now - self.last < (0.2 if self.tty else 10):
@@ -1535,9 +1546,12 @@ class Progress:
         (t0, s0), (t1, s1) = self.marks[0], self.marks[-1]
         rate = (s1 - s0) / (t1 - t0) if t1 > t0 else 0
         left = span((self.total - step) / rate) if rate else "?"
-        mean = {r: sum(v[r][0].item() for v in out.values() if r in v) / len(out) for r in ("d", "c", "g")}
-        losses = "  ".join(f"{r} {mean[r]:+.3f}" for r in ("d", "c", "g") if r != "c" or s.groups > 1)
-        line = f"step {step}/{self.total}  {losses}  {rate * s.batch_size * s.groups:.1f} img/s  {left} left"
+        if s is None:                                               # an export: steps are images
+            line = f"image {step}/{self.total}  {rate:.1f} img/s  {left} left"
+        else:
+            mean = {r: sum(v[r][0].item() for v in out.values() if r in v) / len(out) for r in ("d", "c", "g")}
+            losses = "  ".join(f"{r} {mean[r]:+.3f}" for r in ("d", "c", "g") if r != "c" or s.groups > 1)
+            line = f"step {step}/{self.total}  {losses}  {rate * s.batch_size * s.groups:.1f} img/s  {left} left"
         print(f"\r{line}\x1b[K" if self.tty else line, end="" if self.tty else "\n", flush=True)
         self.open = self.tty
 
@@ -1635,7 +1649,7 @@ def begin_run(s, script, trainer, out, agents):
 
 def save_args(s, script, data, out, agents):
     """args.json: every setting, and what they were used on."""
-    settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "out", "model", "nproc")}
+    settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "per_class", "group", "to", "npz", "out", "model", "nproc")}
     save_json({"model": s.model, "script": str(script.path), "classes": data.classes, "images": len(data.images), "data_digest": data.digest,
                "script_digest": hashlib.blake2b(script.path.read_bytes(), digest_size=16).hexdigest(),
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
@@ -1869,55 +1883,231 @@ def loop(trainer, s, out, say, scores=None):
                      f"python okd_train.py --out {out} --sample 1000 writes images.")
 
 
-# ---------------------------------------------------------------------------------------------- sampling
-def sample(s, script):
-    """N PNGs per group from the averaged generators: OUT/fakes/G1/000000.png, in class folders if conditional.
+# ---------------------------------------------------------------------------------------------- export
+def exports(s):
+    """Whether these settings ask for images rather than for training."""
+    return s.sample is not None or s.per_class is not None
 
-    z of an image depends on the run's seed, its class and its number alone, so the first images of --sample 100 are
-    those of --sample 1000.
+
+def natural(text):
+    """'12' -> 12; None for anything but a plain number above 0."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 and int(text) else None
+
+
+def generator_files(s, out):
+    """--group -> {group number: file of its generator}."""
+    if s.group == "all":
+        return {i: out / f"G{i}.pt" for i in range(1, s.groups + 1)}
+    if s.group == "best":
+        try:
+            scores = [(line[f"G{i}"], i) for line in score_lines(out) for i in range(1, s.groups + 1) if math.isfinite(line[f"G{i}"])]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"--group best: {out / 'fid.jsonl'} cannot be read ({type(e).__name__}: {e})") from e
+        if not scores:
+            raise UserError(f"--group best: {out} has no scores; they come from training with --fid-every K. Or name a group, such as --group 1")
+        return {(best := min(scores)[1]): out / f"G{best}.best.pt"}
+    numbers = [natural(part) for part in s.group.split(",")]
+    if not all(n and n <= s.groups for n in numbers) or len(set(numbers)) < len(numbers):
+        raise UserError(f"--group {s.group}: say all, best, or numbers from 1 to {s.groups} with commas between, each once")
+    return {i: out / f"G{i}.pt" for i in sorted(numbers)}
+
+
+def class_counts(s, classes):
+    """--sample and --per-class -> [(class name, its label, images of it per group), ...]; ("", None, N) without classes."""
+    if s.per_class is None:
+        if not classes:
+            return [("", None, s.sample)]
+        return [(name, c, n) for c, name in enumerate(classes) if (n := s.sample // len(classes) + (c < s.sample % len(classes)))]
+    if not classes:
+        raise UserError(f"--per-class: the run in {s.out} is not class-conditional; give --sample N")
+    counts = {}
+    for part in s.per_class.split(","):
+        name, _, n = part.rpartition("=")
+        wrong = ("is not CLASS=N" if not name else "names no class of this run" if name not in classes else
+                 "names a class twice" if name in counts else "needs a number above 0" if not natural(n) else "")
+        if wrong:
+            raise UserError(f"--per-class: {part!r} {wrong}; say CLASS=N with commas between, the classes are {', '.join(map(repr, classes))}")
+        counts[name] = natural(n)
+    if s.sample not in (None, total := sum(counts.values())):
+        raise UserError(f"--sample {s.sample} and --per-class, {total} in all, disagree; give one of them")
+    return [(name, c, counts[name]) for c, name in enumerate(classes) if name in counts]
+
+
+def draw_chunk(G, seed, chunk, purpose, label, z_dim):
+    """One forward of an export -> uint8 (CHUNK, H, W, 3). Always whole: on the CPU too a row's last bits depend on the rows beside it."""
+    z = draw(seed, chunk, 0, purpose, "normal", (CHUNK, z_dim))
+    return generate(G, z, None if label is None else torch.full((CHUNK,), label))
+
+
+def redraw(run, row, model=None, device="cpu"):
+    """The image of one row of an export's manifest, drawn anew: uint8 (H, W, 3), from an export on the CPU bit for bit.
+
+    run: the run folder; row: a dict as csv.DictReader gives it; model names the script where it moved. Bits want the same version of torch
+    and number of threads. UserError where the row is none of ours, or its generator is not in the run (training went on).
+    """
+    try:
+        seed, chunk, zero, purpose, k = row["z"].split("/")
+        seed, chunk, k, group, wanted = int(seed), int(chunk), int(k), int(row["group"].removeprefix("G")), row["checkpoint"]
+        if zero != "0" or purpose != f"sample {row['class']}" or min(seed, chunk) < 0 or not 0 <= k < CHUNK:
+            raise ValueError
+    except (KeyError, ValueError, AttributeError, TypeError) as e:
+        raise UserError(f"{row} is not a row of a manifest of okd_train.py") from e
+    paths = [Path(run) / f"G{group}.pt", Path(run) / f"G{group}.best.pt"]
+    path = next((p for p in paths if p.is_file() and digest(p) == wanted), None)
+    if path is None:
+        raise UserError(f"{row.get('file')}: neither {paths[0]} nor {paths[1].name} is its generator, checkpoint {wanted}; training went on, or it is another run")
+    return _redrawn(path, wanted, seed, chunk, row["class"], model, device)[k].copy()
+
+
+@functools.lru_cache(maxsize=2)
+def _redrawn(path, wanted, seed, chunk, name, model, device):
+    """A whole chunk, kept because the next row of a manifest mostly lies in it."""
+    d = load_file(path)
+    if (name not in d["classes"]) if d["classes"] else name:
+        raise UserError(f"{path} knows no class {name!r}")
+    return draw_chunk(load_generator(path, device, model), seed, chunk, f"sample {name}", d["classes"].index(name) if name else None, d["z_dim"])
+
+
+def save_whole(a, path):
+    """uint8 (H, W, 3) -> .png, or (n, H, W, 3) -> .npy: under its name only when whole. What a kill left is written over by the next attempt."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}")
+    Image.fromarray(a).save(tmp, compress_level=1) if path.suffix == ".png" else np.save(tmp, a)
+    os.replace(tmp, path)
+
+
+def pack(paths, counts, group, classes, target):
+    """Chunks (.npy) -> one .npz of plain arrays, with one chunk in memory: arr_0 uint8 (n, H, W, 3), labels int64 (n,), classes, group."""
+    shape = (sum(n for _, _, n in counts), *np.load(paths[0]).shape[1:])
+    labels = np.repeat([c for _, c, _ in counts], [n for _, _, n in counts]) if classes else []
+    with replacing(target) as f, zipfile.ZipFile(f, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as a:
+            np.lib.format.write_array_header_1_0(a, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for path in paths:
+                a.write(np.load(path).tobytes())
+        for name, value in (("labels", np.array(labels, np.int64)), ("classes", np.array(classes, str)), ("group", np.array(group))):
+            with archive.open(f"{name}.npy", "w") as a:
+                np.lib.format.write_array(a, value, allow_pickle=False)
+
+
+def open_export(target, partial, plan):
+    """Make the hidden folder in which an export grows, or go on with the one that is there. Rank 0 only."""
+    with writing(target):
+        if os.path.lexists(target):
+            if not target.is_dir() or any(target.iterdir()):
+                raise UserError(f"{target} is not empty; move it away, or name another folder with --to")
+            target.rmdir()                                          # now rather than at the end: it shows that it can be replaced
+        if partial.exists() and all(p.name.startswith(".") for p in partial.iterdir()):
+            shutil.rmtree(partial)                                  # killed before export.json stood
+        if not partial.exists():
+            partial.mkdir(parents=True)
+            save_json(plan, partial / "export.json")
+            return
+    try:
+        old = json.loads((partial / "export.json").read_text())
+        other = ", ".join(k for k in plan if old[k] != plan[k])
+    except (OSError, ValueError, KeyError, TypeError):
+        other = "unreadable"
+    if other:
+        raise UserError(f"{partial} holds an unfinished export with other settings ({other}): give its own command to finish it, or delete that folder")
+
+
+def sample(s, script):
+    """N images per group from the averaged generators: OUT/fakes/G1/000000.png, in class folders if conditional, with manifest.csv.
+
+    z of an image depends on the run's seed, its class and its number alone, so the first images of --sample 100 are those of --sample 1000.
+    Everything is written to a hidden folder beside the target, which takes the target's name at the end; what it holds is not drawn again.
     """
     device = pick_device(s.device)
     ranks = Ranks(s.groups, CHUNK, device)
     out = Path(s.out)
+    target = out / "fakes" if s.to is None else Path(s.to).resolve()
+    partial = target.parent / f".{target.name}.partial"
     with ranks.together():
-        saved = read_args(out)
-        fakes, classes = out / "fakes", saved["classes"]
-        if ranks.rank == 0 and fakes.exists() and any(fakes.iterdir()):
-            raise UserError(f"{fakes} is not empty; move it away first")
-        generators = {i: load_generator(out / f"G{i}.pt", device, str(script.path)) for i in range(1, s.groups + 1)}
-    begin, jobs = time.monotonic(), []                              # a job: group, class, number of its first image, how many
-    for i in generators:
-        for c in range(len(classes)) if classes else [None]:
-            n = s.sample if c is None else s.sample // len(classes) + (c < s.sample % len(classes))
-            jobs += [(i, c, k, min(CHUNK, n - k)) for k in range(0, n, CHUNK)]
-    rows = []
-    with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as pool:
-        for at in range(0, len(jobs), ranks.world):                 # each rank draws a chunk, rank 0 writes them
+        classes = read_args(out)["classes"]
+        counts, files = class_counts(s, classes), generator_files(s, out)
+        before = {p.name: digest(p) for p in files.values() if p.is_file()}
+        generators = {i: load_generator(path, device, str(script.path)) for i, path in files.items()}
+        plan = {"seed": s.seed, "images": {name: n for name, _, n in counts}, "npz": s.npz, "device": device.type, "torch": torch.__version__,
+                "script": digest(script.path),
+                "groups": {f"G{i}": {"file": p.name, "step": load_file(p)["step"], "checkpoint": digest(p)} for i, p in files.items()}}
+        if before != {g["file"]: g["checkpoint"] for g in plan["groups"].values()}:
+            raise UserError(f"{', '.join(before)} in {out} changed while being read: a training is at work there; give the command again")
+    ranks.compare(settings=json.dumps(plan))
+    # A job is what one forward draws: group, class name, label, number of the first image, how many.
+    jobs = [(i, name, c, k, min(CHUNK, n - k)) for i in files for name, c, n in counts for k in range(0, n, CHUNK)]
+    whole = lambda path: path.is_file() and path.stat().st_size > 0
+    todo, total, signalled, saves = None, sum(job[4] for job in jobs), 0, []
+
+    def filled(job):
+        """The files that a job fills."""
+        i, name, _, k, n = job
+        return [partial / f".G{i}" / name / f"{k:06d}.npy"] if s.npz else [partial / f"G{i}" / name / f"{j:06d}.png" for j in range(k, k + n)]
+
+    with Stop() as stop, ThreadPoolExecutor(min(8, cores() + 1)) as pool:
+        with ranks.together():
+            if ranks.rank == 0:
+                open_export(target, partial, plan)
+                todo = [job for job in jobs if not (s.npz and whole(partial / f"G{job[0]}.npz") or all(map(whole, filled(job))))]
+        todo = ranks.everyone(todo)[0]
+        begin, progress, to_draw = time.monotonic(), Progress(total, quiet=ranks.rank > 0), sum(job[4] for job in todo)
+        done = total - to_draw
+        progress.last, progress.marks = begin, [(begin, done)]
+        if done:
+            progress.say(f"Going on: {done} of {total} images are in {partial} already.")
+        for at in range(0, len(todo), ranks.world):                 # each rank draws a chunk, rank 0 writes them
+            signalled, = ranks.agree(stop.signal)
+            if signalled:
+                break
             mine = {}
-            if at + ranks.rank < len(jobs):
-                i, c, k, n = jobs[at + ranks.rank]
-                z = draw(s.seed, k // CHUNK, 0, f"sample {'' if c is None else classes[c]}", "normal", (CHUNK, s.z_dim))
-                mine[at + ranks.rank] = generate(generators[i], z, None if c is None else torch.full((CHUNK,), c))[:n]
+            with ranks.together():
+                if at + ranks.rank < len(todo):
+                    i, name, c, k, n = todo[at + ranks.rank]
+                    with calling(script, f"the generator of group {i}"):
+                        mine[at + ranks.rank] = draw_chunk(generators[i], s.seed, k // CHUNK, f"sample {name}", c, s.z_dim)[:n]
+                with writing(partial):
+                    for save in saves:                              # of the round before: no more than two rounds are in memory
+                        save.result()
             saves = []
             for number, images in sorted((ranks.collect(mine) or {}).items()):
-                i, c, k, n = jobs[number]
-                folder = fakes / f"G{i}" / ("" if c is None else classes[c])
-                with writing(folder):
-                    folder.mkdir(parents=True, exist_ok=True)
-                for j, a in enumerate(images, k):
-                    path = folder / f"{j:06d}.png"
-                    saves.append(pool.submit(Image.fromarray(a).save, path, compress_level=1))
-                    rows.append((path.relative_to(fakes).as_posix(), f"G{i}", "" if c is None else classes[c], f"{s.seed}/{k // CHUNK}/{j % CHUNK}"))
+                saves += [pool.submit(save_whole, a, path) for a, path in zip([images] if s.npz else images, filled(todo[number])) if not whole(path)]
+            done += sum(job[4] for job in todo[at:at + ranks.world])
+            progress(done)
+        with ranks.together(), writing(partial):
             for save in saves:
-                with writing(fakes):
-                    save.result()
-    if ranks.rank == 0:
-        with replacing(fakes / "manifest.csv") as f:
-            table = csv.writer(io.TextIOWrapper(f, "utf-8", newline="", write_through=True), lineterminator="\n")
-            table.writerows([("file", "group", "class", "z"), *rows])
-            f.flush()
-        print(f"{len(rows)} images in {fakes}/ ({span(time.monotonic() - begin)}).")
+                save.result()
+        if signalled:
+            progress.say(f"Stopped by {signal.Signals(signalled).name}: {done} of {total} images are in {partial}; the same command goes on.")
+            ranks.close()
+            raise SystemExit(128 + signalled)
+        with ranks.together(), writing(target):
+            if ranks.rank == 0:
+                for i in files if s.npz else ():
+                    if not whole(partial / f"G{i}.npz"):
+                        pack([path for job in jobs if job[0] == i for path in filled(job)], counts, f"G{i}", classes, partial / f"G{i}.npz")
+                    shutil.rmtree(partial / f".G{i}", ignore_errors=True)
+                write_manifest(s, plan, counts, partial / "manifest.csv")
+                for left in partial.glob(".*.tmp*"):                # of a killed attempt
+                    left.unlink()
+                os.replace(partial, target)
+    seconds = time.monotonic() - begin
+    best = "".join(f" of {g}, step {of['step']}," for g, of in plan["groups"].items() if s.group == "best")
+    progress.say(f"{total} images{best} in {target}/ ({span(seconds)}{f', {to_draw / seconds:.0f} images/s' if to_draw else ''}).")
     ranks.close()
+
+
+def write_manifest(s, plan, counts, path):
+    """A row per image: file (PNG, or G1.npz#row of arr_0), group, class, z (the arguments of draw, then the row of what it returns), checkpoint."""
+    with replacing(path) as f:
+        text = io.TextIOWrapper(f, "utf-8", errors="surrogateescape", newline="")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(("file", "group", "class", "z", "checkpoint"))
+        for group, of in plan["groups"].items():
+            for at, (name, j) in enumerate((name, j) for name, _, n in counts for j in range(n)):
+                file = f"{group}.npz#{at}" if s.npz else f"{group}/{name}/{j:06d}.png".replace("//", "/")
+                table.writerow((file, group, name, f"{s.seed}/{j // CHUNK}/0/sample {name}/{j % CHUNK}", of["checkpoint"]))
+        text.flush()
+        text.detach()
 
 
 # ---------------------------------------------------------------------------------------------- launching
@@ -1929,14 +2119,14 @@ def processes(s):
         return s.nproc
     if torch.cuda.is_available() and s.device in (None, "cuda"):
         return min(torch.cuda.device_count(), s.groups)
-    return min(2, s.groups, cores()) if s.quick and s.sample is None and s.device in (None, "cpu") else 1
+    return min(2, s.groups, cores()) if s.quick and not exports(s) and s.device in (None, "cpu") else 1
 
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def launch(n, argv, device):
+def launch(n, argv, device, hint):
     """Run this script in n processes on this machine; returns when all are done, with their exit status."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -1958,8 +2148,7 @@ def launch(n, argv, device):
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()
         if failure.exitcode < 0:
-            print(f"okd_train.py: error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}; "
-                  "--resume goes on from the last checkpoint", file=sys.stderr)
+            print(f"okd_train.py: error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}; {hint}", file=sys.stderr)
             raise SystemExit(1) from None
         raise SystemExit(failure.exitcode) from None
 
@@ -1973,8 +2162,8 @@ def main(argv=None):
         if n > 1:
             why = f"--nproc {n}" if s.nproc is not None else "one per GPU" if torch.cuda.is_available() else "quicker than one at this size"
             print(f"Starting {n} processes on this machine: {why} (--nproc 1 forbids).", flush=True)
-            launch(n, argv, pick_device(s.device).type)
-        elif s.sample is not None:
+            launch(n, argv, pick_device(s.device).type, "the same command goes on" if exports(s) else "--resume goes on from the last checkpoint")
+        elif exports(s):
             sample(s, script)
         else:
             train(s, script, named, changed)

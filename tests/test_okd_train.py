@@ -478,7 +478,7 @@ def test_a_run_leaves_what_the_readme_says(photos, tmp_path):
     run("--out", out, "--sample", "7")
     files = sorted(f.relative_to(out / "fakes").as_posix() for f in (out / "fakes").rglob("*.png"))
     assert files == [f"{g}/{c}/{k:06d}.png" for g in ("G1", "G2") for c, n in (("Crack", 4), ("Spallation", 3)) for k in range(n)]
-    assert (out / "fakes" / "manifest.csv").read_text().splitlines()[1] == "G1/Crack/000000.png,G1,Crack,0/0/0"
+    assert (out / "fakes" / "manifest.csv").read_text().splitlines()[1] == f"G1/Crack/000000.png,G1,Crack,0/0/0/sample Crack/0,{okd_train.digest(out / 'G1.pt')}"
     a = np.asarray(Image.open(out / "fakes" / files[0]))
     G = okd_train.load_generator(out / "G1.pt")
     z = okd_train.draw(0, 0, 0, "sample Crack", "normal", (50, 8))
