@@ -1969,9 +1969,8 @@ def _redrawn(path, wanted, seed, chunk, name, model, device):
 
 
 def save_whole(a, path):
-    """uint8 (H, W, 3) -> .png, or (n, H, W, 3) -> .npy: under its name only when whole. What a kill left is written over by the next attempt."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}")
+    """uint8 (H, W, 3) -> .png, or (n, H, W, 3) -> .npy: under its name only when whole."""
+    tmp = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")      # two exports at a time do not disturb each other
     Image.fromarray(a).save(tmp, compress_level=1) if path.suffix == ".png" else np.save(tmp, a)
     os.replace(tmp, path)
 
@@ -2049,6 +2048,9 @@ def sample(s, script):
             if ranks.rank == 0:
                 open_export(target, partial, plan)
                 todo = [job for job in jobs if not (s.npz and whole(partial / f"G{job[0]}.npz") or all(map(whole, filled(job))))]
+                with writing(partial):
+                    for folder in {filled(job)[0].parent for job in todo}:
+                        folder.mkdir(parents=True, exist_ok=True)
         todo = ranks.everyone(todo)[0]
         begin, progress, to_draw = time.monotonic(), Progress(total, quiet=ranks.rank > 0), sum(job[4] for job in todo)
         done = total - to_draw
@@ -2087,7 +2089,7 @@ def sample(s, script):
                         pack([path for job in jobs if job[0] == i for path in filled(job)], counts, f"G{i}", classes, partial / f"G{i}.npz")
                     shutil.rmtree(partial / f".G{i}", ignore_errors=True)
                 write_manifest(s, plan, counts, partial / "manifest.csv")
-                for left in partial.glob(".*.tmp*"):                # of a killed attempt
+                for left in partial.rglob(".*.tmp*"):               # of a killed attempt
                     left.unlink()
                 os.replace(partial, target)
     seconds = time.monotonic() - begin

@@ -77,8 +77,7 @@ def killed_after(n, what, monkeypatch):
     def save(a, path):
         left[0] -= 1
         if left[0] < 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(f".{path.name}").write_bytes(b"half")
+            path.with_name(f".{path.stem}.tmp9{path.suffix}").write_bytes(b"half")
             raise what
         real(a, path)
     monkeypatch.setattr(okd_train, "save_whole", save)
@@ -221,9 +220,9 @@ def test_what_is_half_written_never_has_its_name(name, tmp_path, monkeypatch):
         m.setattr(*(Image.Image, "save") if name == "a.png" else (np, "save"), half)
         with pytest.raises(OSError):
             okd_train.save_whole(np.zeros((4, 4, 3), np.uint8), tmp_path / name)
-    assert tree(tmp_path) == {f".{name}": b"half"}
+    assert list(tree(tmp_path).values()) == [b"half"] and not (tmp_path / name).exists()
     okd_train.save_whole(np.zeros((4, 4, 3), np.uint8), tmp_path / name)
-    assert list(tree(tmp_path)) == [name]
+    assert list(tree(tmp_path)) == [name] and len(tree(tmp_path)[name]) > 4
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -347,12 +346,12 @@ def test_a_generator_that_changes_while_it_is_read(runs, tmp_path, capsys, monke
 def test_best_is_the_lowest_finite_score(runs, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(runs / "acgan", run)
-    lines = [{"step": 1, "G1": 5.0, "G2": 4.0, "G3": float("nan")}, {"step": 2, "G1": 4.5, "G2": 9.0, "G3": 4.25}]
+    lines = [{"step": 1, "G1": float("nan"), "G2": 4.0, "G3": 5.0}, {"step": 2, "G1": 4.5, "G2": 9.0, "G3": 4.25}]
     (run / "fid.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     export(run, tmp_path / "to", "--sample", 1, "--group", "best")
     assert f"1 images of G2, step {okd_train.load_file(run / 'G2.best.pt')['step']}," in capsys.readouterr().out
     assert json.loads((tmp_path / "to" / "export.json").read_text())["groups"]["G2"]["file"] == "G2.best.pt"
-    (run / "fid.jsonl").write_text('{"step": 1, "G1"')
+    (run / "fid.jsonl").write_text('{"step": 1, "G1": 3.0}\n')          # of a run of one group
     assert "fid.jsonl cannot be read" in refused(capsys, "--out", run, "--sample", 1, "--group", "best")
     (run / "fid.jsonl").write_text("")
     assert "--fid-every K" in refused(capsys, "--out", run, "--sample", 1, "--group", "best")
@@ -360,8 +359,13 @@ def test_best_is_the_lowest_finite_score(runs, tmp_path, capsys):
     assert "G3.pt: no such file" in refused(capsys, "--out", run, "--sample", 1)
 
 
-def test_an_empty_folder_is_taken_and_fakes_is_the_default(runs, tmp_path):
+def test_an_empty_folder_is_taken_and_fakes_is_the_default(runs, tmp_path, monkeypatch):
     (tmp_path / "to").mkdir()
+    with monkeypatch.context() as m:
+        killed_after(1, Killed(), m)
+        with pytest.raises(Killed):
+            export(runs / "sagan", tmp_path / "to", "--sample", 1)
+    assert not (tmp_path / "to").exists()                           # whole or not at all
     export(runs / "sagan", tmp_path / "to", "--sample", 1)
     run = tmp_path / "run"
     shutil.copytree(runs / "sagan", run)

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -75,6 +76,20 @@ def test_the_recipe_runs_from_photos_to_the_papers_table(readme, root, tmp_path)
         assert [cell == "-" for cell in row[2:]] == [row[0][6] != "1"] + [row[0][6] == "1"] * 5
         assert all(float(cell) > 0 for cell in row[2:] if cell != "-")
     assert float(table[2][6]) == pytest.approx(sum(map(float, table[2][3:6])) / 3, abs=2e-4)
+
+
+def test_the_exports_and_the_row_that_is_redrawn(readme, blocks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    okd_train.main(["--model", "acgan", "--groups", "3", "--image-size", "32", "--ch", "4", "--batch-size", "2", "--steps", "1", "--fid-every", "1", "--fid-samples", "4", "--fid-features", "random"])
+    commands = re.findall(r"^    python (okd_train.py --out runs/acgan-3 .*?) +#", readme, re.M)
+    assert len(commands) == 4
+    for command in commands:
+        okd_train.main([*re.sub(r"00\b", "0", command).split()[1:], "--nproc", "1"])               # a tenth of the images
+    assert len(list((tmp_path / "cracks").rglob("*.png"))) == 50 and len(list((tmp_path / "runs/acgan-3/fakes").rglob("*.png"))) == 210
+    assert np.load("arrays/G3.npz", allow_pickle=False)["arr_0"].shape == (100, 32, 32, 3)
+    names = {}
+    exec(next(b for b in blocks if "okd_train.redraw" in b), names)
+    assert np.array_equal(names["image"], np.asarray(Image.open(tmp_path / "cracks" / names["rows"][17]["file"])))
 
 
 def test_every_flag_exists(readme, root):
