@@ -47,6 +47,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn.utils import parametrize
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 try:
     from kernels.convolution import fast_second_derivative
@@ -371,6 +374,7 @@ class Ranks:
         self.part = self.owners[self.mine[0]].index(self.rank)      # which share of the batch
         self.share = (self.high - self.low) / batch_size
         self.peers = self.node = None
+        self.staged = False
         if W == 1:
             return
         nccl = device.type == "cuda" and self.local_world <= torch.cuda.device_count()
@@ -941,14 +945,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ CUDA graph
     def obstacle(self):
         """Why this step cannot be captured; None if it can be tried."""
-        if self.device.type != "cuda":
-            return f"the device is {self.device.type}"
         if self.ranks.replicas > 1:
             return "several processes share a group's batch"
         if self.ranks.staged:
             return "two processes share a GPU"
         if self.drew:
             return f"{self.script.path.name} draws random numbers by itself"
+        if self.device.type != "cuda":
+            return f"the device is {self.device.type}"
 
     def structure(self):
         """What decides which kernels a step launches, and may be changed while training."""
@@ -1398,6 +1402,8 @@ def trainer_flags(p):
     p.add_argument("--fid-samples", type=int, metavar="N", help="fakes per group and score (default 2000 on the CPU, 10000 on CUDA)")
     p.add_argument("--fid-data", metavar="DIR", help="held-out images to score against (default: the training images)")
     p.add_argument("--fid-features", choices=("inception", "random"), default="inception", help="random: rFD, needs no weights (default inception)")
+    p.add_argument("--benchmark", type=int, nargs="?", const=10, metavar="STEPS", help="do not train: time a step of these settings on this machine, by phase, and count it (default 10 steps)")
+    p.add_argument("--json", action="store_true", help="with --benchmark: one JSON object in place of the table")
     p.add_argument("--sample", type=int, metavar="N", help="do not train: write N images per group of the run in --out, with manifest.csv; a stopped export "
                    "goes on when the same command is given")
     p.add_argument("--per-class", metavar="CLASS=N,...", help="in place of --sample N: exactly so many images of these classes per group, of a class-conditional run")
@@ -1457,6 +1463,9 @@ def settle(s, script, named):
     idle = named & (MAY_CHANGE - {"device", "nproc"} | {"resume"} if exports(s) else {"group", "to", "npz"})
     if idle:
         raise UserError(f"{', '.join('--' + k.replace('_', '-') for k in sorted(idle))}: without effect {'with' if exports(s) else 'without'} --sample or --per-class")
+    idle = named & (MAY_CHANGE - {"device", "cuda_graph"} | {"resume", "out", "nproc", "sample", "per_class"} if s.benchmark is not None else {"json"})
+    if idle:
+        raise UserError(f"{', '.join('--' + k.replace('_', '-') for k in sorted(idle))}: without effect {'with' if s.benchmark is not None else 'without'} --benchmark")
     if (s.resume or exports(s)) and (Path(s.out) / "args.json").exists():
         saved = read_args(Path(s.out))
         if "model" in named and Path(saved["script"]).stem != script.name:
@@ -1482,7 +1491,7 @@ def settle(s, script, named):
     if "steps" in named and "epochs" in named:
         raise UserError("--steps and --epochs both say how long; give one")
     for key, low in dict(groups=1, steps=1, batch_size=1, n_critic=1, image_size=4, z_dim=1, log_every=1, sample_every=1, save_every=1,
-                         rho=0, g_lr=0, d_lr=0, c_lr=0, seed=0, n_classes=1, sample=1, nproc=1, fid_every=1, fid_samples=4).items():
+                         rho=0, g_lr=0, d_lr=0, c_lr=0, seed=0, n_classes=1, sample=1, benchmark=1, nproc=1, fid_every=1, fid_samples=4).items():
         value = getattr(s, key, None)
         if value is not None and not (value >= low and math.isfinite(value)):
             raise UserError(f"--{key.replace('_', '-')} is {value}; it must be {low} or more")
@@ -1649,7 +1658,7 @@ def begin_run(s, script, trainer, out, agents):
 
 def save_args(s, script, data, out, agents):
     """args.json: every setting, and what they were used on."""
-    settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "per_class", "group", "to", "npz", "out", "model", "nproc")}
+    settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "per_class", "group", "to", "npz", "benchmark", "json", "out", "model", "nproc")}
     save_json({"model": s.model, "script": str(script.path), "classes": data.classes, "images": len(data.images), "data_digest": data.digest,
                "script_digest": hashlib.blake2b(script.path.read_bytes(), digest_size=16).hexdigest(),
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
@@ -2112,13 +2121,211 @@ def write_manifest(s, plan, counts, path):
         text.detach()
 
 
+# ---------------------------------------------------------------------------------------------- benchmark
+class Clock:
+    """Times named phases of a step; one inside another counts for itself alone."""
+
+    def __init__(self, device):
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.rows, self.inner = [], []
+
+    def watch(self, owner, method, phase):
+        """Replace owner.method by one that is timed as `phase` (a name, or a function of the arguments)."""
+        f = getattr(owner, method)
+
+        def timed(*a, **k):
+            self.wait()
+            begin = time.perf_counter()
+            self.inner.append(0.0)
+            out = f(*a, **k)
+            self.wait()
+            took = time.perf_counter() - begin
+            name = phase(*a) if callable(phase) else phase
+            self.rows[-1][name] = self.rows[-1].get(name, 0.0) + took - self.inner.pop()
+            if self.inner:
+                self.inner[-1] += took
+            return out
+        setattr(owner, method, timed)
+
+    def times(self, step, n):
+        """Seconds of n steps, one by one; what no phase took is `rest`."""
+        seconds = []
+        for _ in range(n):
+            self.rows.append({})
+            self.wait()
+            begin = time.perf_counter()
+            step()
+            self.wait()
+            seconds.append(time.perf_counter() - begin)
+            self.rows[-1]["rest"] = seconds[-1] - sum(self.rows[-1].values())
+        return seconds
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would be asked to do: every operation that is no view, each gradient of a convolution apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in f._schema.returns)
+        if not view and not f.overloadpacket.__name__.startswith("empty"):
+            self.n += sum(args[10]) if f.overloadpacket.__name__ == "convolution_backward" else 1
+        return f(*args, **(kwargs or {}))
+
+
+def count_work(script, s):
+    """(floating-point operations, operations launched) of one step, counted in a step at batch 2 on the CPU with eager attention.
+
+    Arithmetic is proportional to the batch and to the groups. torch's counter loses the second derivative of a leaf, hence x + 0.
+    """
+    few = argparse.Namespace(**{**vars(s), "batch_size": 2, "groups": min(s.groups, 2), "precision": "fp32", "cuda_graph": "off"})
+    cpu = torch.device("cpu")
+    data = Data(torch.zeros(4, 3, s.image_size, s.image_size, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), [], few, cpu)
+    trainer = Trainer(script, few, data, cpu)
+    trainer.step()
+    with Operations() as operations:
+        trainer.step()
+    for g in trainer.groups:
+        for role, n in g.nets.items():
+            if role != "G":
+                n.net.register_forward_pre_hook(lambda m, a: (a[0] + 0, *a[1:]))
+    with FlopCounterMode(display=False) as flops:
+        trainer.step()
+    return flops.get_total_flops() * s.batch_size / 2 * s.groups / few.groups, operations.n * s.groups // few.groups
+
+
+def machine_rates(trainer, n):
+    """Operations per second of this machine in this precision: (a square matrix product, the convolutions of G and D forward and backward)."""
+    s, device = trainer.s, trainer.device
+    clock, kind = Clock(device), torch.bfloat16 if trainer.bf16 else torch.float32
+    make = lambda *shape: torch.randn(*shape, device=device, dtype=kind)
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = make(size, size), make(size, size)
+    clock.times(lambda: a @ b, 2)
+    matmul = 2 * size ** 3 / min(clock.times(lambda: a @ b, n))
+    layers, hooks = [], []
+    for role in "GD":
+        for m in trainer.groups[0].nets[role].net.modules():
+            if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+                hooks.append(m.register_forward_hook(lambda m, i, o: layers.append((m, i[0].shape, o.shape))))
+    trainer.eager(OneLane(), trainer.ranks.exchange)
+    for h in hooks:
+        h.remove()
+    flops = seconds = 0
+    for m, inp, out in layers:
+        x, g, w = make(*inp), make(*out), m.weight.detach().to(kind)
+        args = (m.stride, m.padding, m.dilation, isinstance(m, torch.nn.ConvTranspose2d), m.output_padding, m.groups)
+
+        def both():
+            torch.convolution(x, w, None, *args)
+            torch.ops.aten.convolution_backward(g, x, w, None, *args, [True, True, False])
+        with FlopCounterMode(display=False) as count:
+            both()
+        flops, seconds = flops + count.get_total_flops(), seconds + min(clock.times(both, 3))
+    return matmul, flops / seconds if seconds else 0.0
+
+
+def gpu_trace(step, n):
+    """(GPU operations per step, share of the time in which the GPU did something) over n steps, from torch's profiler."""
+    with profile(activities=[ProfilerActivity.CUDA]) as p:
+        begin = time.perf_counter()
+        for _ in range(n):
+            step()
+        torch.cuda.synchronize()
+        took = time.perf_counter() - begin
+    spans = sorted((e.time_range.start, e.time_range.end) for e in p.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    busy, end = 0.0, 0.0
+    for a, b in spans:                                              # microseconds; kernels of parallel streams overlap
+        busy, end = busy + max(0.0, b - max(a, end)), max(end, b)
+    return len(spans) / n, busy / 1e6 / took
+
+
+def cpu_name():
+    with contextlib.suppress(OSError, IndexError):
+        return [x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")][0]
+    return "unknown CPU"
+
+
+def benchmark(s, script):
+    """Print how fast a step is on this machine with these settings, and against what: a table, or one JSON object."""
+    import resource                                                 # not everywhere
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--benchmark times one process; start it without torchrun")
+    keep_freed_memory()
+    device = pick_device(s.device)
+    set_precision(s, device)
+    ranks = Ranks(s.groups, s.batch_size, device)
+    data = shared_data(s, script, set(), device, ranks, lambda text: None)
+    trainer = Trainer(script, s, data, device, ranks)
+    probe(script, s, trainer.groups[0])
+    cuda, n, clock = device.type == "cuda", s.benchmark, Clock(device)
+    percent = lambda values: [float(v) for v in np.percentile(values, (20, 50, 80))]
+    for _ in range(WARM_UP):
+        trainer.step()
+    graph = busy = None
+    if s.cuda_graph != "off" and trainer.graph_note is None:
+        trainer.capture()
+    if trainer.graphs:
+        clock.times(trainer.step, 2)
+        graph = percent(clock.times(trainer.step, n))
+    graphs, trainer.graphs = trainer.graphs, None
+    eager = percent(clock.times(trainer.step, n))
+    peak = torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    flops, operations = count_work(script, s)
+    matmul, convolutions = machine_rates(trainer, 10)
+    if cuda:
+        operations, busy = gpu_trace(trainer.step, 5)
+        if graphs:
+            trainer.graphs = graphs
+            busy, trainer.graphs = gpu_trace(trainer.step, 20)[1], None
+    clock.watch(trainer, "inputs", "inputs")
+    clock.watch(trainer.given, "put", "inputs")
+    clock.watch(trainer, "generate", "generators forward")
+    clock.watch(trainer, "critic_step", lambda g, role, *a: "discriminators" if role == "D" else "connectors")
+    clock.watch(trainer, "generator_step", "generators learning")
+    for g in trainer.groups:
+        clock.watch(g, "average", "averages")
+        for net in g.nets.values():
+            clock.watch(net.opt, "step", "Adam")
+    clock.rows.clear()
+    clock.times(trainer.step, n)
+    phases = {name: percent([row.get(name, 0.0) for row in clock.rows]) for name in dict.fromkeys(k for row in clock.rows for k in row)}
+    seconds = (graph or eager)[1]
+    result = {
+        "model": script.name, "groups": s.groups, "batch_size": s.batch_size, "image_size": s.image_size, "precision": s.precision, "steps": n,
+        "device": torch.cuda.get_device_name(device) if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(), "step_seconds": seconds, "eager_seconds": eager, "graph_seconds": graph, "phase_seconds": phases,
+        "images_per_second": s.groups * s.batch_size / seconds, "peak_memory_bytes": peak, "launches_per_step": operations, "gpu_busy_share": busy,
+        "flops_per_step": flops, "matmul_flops_per_second": matmul, "convolution_flops_per_second": convolutions,
+        "floor_share": flops / max(matmul, convolutions) / seconds, "seconds_for_50000_steps": 50000 * seconds}
+    if s.json:
+        print(json.dumps(result))
+        return
+    line = lambda name, v: print(f"{name:22}{v[1] * 1e3:12.2f}{v[0] * 1e3:10.2f}{v[2] * 1e3:10.2f}{v[1] / eager[1]:9.0%}")
+    print(f"{script.name}, groups {s.groups}, batch {s.batch_size}, {s.image_size}x{s.image_size}, {s.precision}, on {result['device']}, torch {torch.__version__}, {result['date']}\n"
+          f"{'milliseconds':22}{'median':>12}{'20 %':>10}{'80 %':>10}{'share':>9}")
+    for name, values in phases.items():
+        line(name, values)
+    line("step, eager", eager)
+    if graph:
+        line("step, CUDA graph", graph)
+    print(f"""{trainer.graph_note or 'Steps run eagerly: --cuda-graph off.'}
+{result['images_per_second']:.1f} images/s made and learnt from, all groups; peak memory {peak / 2 ** 30:.2f} GiB
+{operations:.0f} {'GPU operations' if cuda else 'operations that a GPU would launch'} in an eager step{f', GPU busy {busy:.0%} of the time' if cuda else ''}
+{flops / 1e9:.1f} GFLOP a step; this machine: {matmul / 1e9:.0f} GFLOP/s in a matrix product, {convolutions / 1e9:.0f} in these convolutions
+at the better of the two a step would take {flops / max(matmul, convolutions) * 1e3:.1f} ms: {result['floor_share']:.0%} of that rate is reached
+The paper's 50,000 steps take {span(50000 * seconds)}.""")
+
+
 # ---------------------------------------------------------------------------------------------- launching
 def processes(s):
     """How many processes to start from this one: 1 means none."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or OUTER in os.environ:
         return 1
-    if s.nproc is not None:
-        return s.nproc
+    if s.nproc is not None or s.benchmark:
+        return s.nproc or 1
     if torch.cuda.is_available() and s.device in (None, "cuda"):
         return min(torch.cuda.device_count(), s.groups)
     return min(2, s.groups, cores()) if s.quick and not exports(s) and s.device in (None, "cpu") else 1
@@ -2167,6 +2374,8 @@ def main(argv=None):
             launch(n, argv, pick_device(s.device).type, "the same command goes on" if exports(s) else "--resume goes on from the last checkpoint")
         elif exports(s):
             sample(s, script)
+        elif s.benchmark:
+            benchmark(s, script)
         else:
             train(s, script, named, changed)
     except UserError as e:

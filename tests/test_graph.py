@@ -1,0 +1,366 @@
+"""The captured step: on a GPU by CUDA graphs, elsewhere by a recorder that freezes a step as a CUDA graph does.
+
+Recorder notes every operation below autograd with the very tensors and numbers it was called with, and replays the list in
+place. Whatever Python decided while recording stays decided, and every Python number stays what it was, so that a step which
+would go stale in a CUDA graph goes stale here, too.
+"""
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import okd_train
+from test_okd_train import OTHER, TINY, assert_same, differs, one_thread, photos, refused, setup  # noqa: F401 (fixtures)
+
+CUDA = torch.cuda.is_available()
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        assert f is not torch.ops.aten._local_scalar_dense.default, "a captured step may not wait for a number"
+        out = f(*args, **(kwargs or {}))
+        self.calls.append((f, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for f, args, kwargs, out in self.calls:
+            returns = f._schema.returns
+            if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+                continue                                            # a view: it lies where it lay
+            new = f(*args, **kwargs)
+            for r, old, now in zip(returns, *((x,) if len(returns) < 2 else x for x in (out, new))):
+                if r.alias_info is None:
+                    for a, b in zip(old if isinstance(old, list) else [old], now if isinstance(now, list) else [now]):
+                        if isinstance(a, torch.Tensor):
+                            a.copy_(b)
+
+    def pool(self):
+        return None
+
+
+def recording(trainers):
+    """Stands for okd_train.record: nothing has moved after it, as after a capture."""
+    def record(work, pool, stream):
+        kept = [(t, t.clone()) for trainer in trainers for t in trainer.moving()]
+        with Recorder() as graph:
+            result = work()
+        for t, old in kept:
+            t.data.copy_(old)                                       # unseen by autograd, which may be between two parts of a step
+        return graph, result
+    return record
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A function like setup() whose trainer captures its step with the recorder."""
+    trainers = []
+    monkeypatch.setattr(okd_train, "record", recording(trainers))
+    obstacle = okd_train.Trainer.obstacle
+    monkeypatch.setattr(okd_train.Trainer, "obstacle", lambda t: None if (why := obstacle(t)) == "the device is cpu" else why)
+
+    def make(*argv, **kw):
+        trainers.append(setup(*argv, **kw))
+        trainers[-1].s.cuda_graph = "auto"
+        return trainers[-1]
+    return make
+
+
+def eager(*argv, **kw):
+    return setup(*argv, "--cuda-graph", "off", **kw)
+
+
+def values(out):
+    return {f"{i}{role}{k}": v.clone() for i, losses in out.items() for role, (value, logs) in losses.items() for k, v in {"loss": value, **logs}.items()}
+
+
+def run_both(a, b, steps):
+    for _ in range(steps):
+        assert_same(values(a.step()), values(b.step()))
+    assert_same(a.state(), b.state())
+
+
+@pytest.mark.parametrize("argv", [
+    ["--groups", "3"], ["--groups", "1", "--n-critic", "2"], ["--groups", "2", "--n-critic", "2", "--flip"], ["--model", "acgan", "--groups", "2", "--flip"],
+    ["--model", "acgan", "--groups", "2", "--loss", "wgan-gp"], ["--groups", "2", "--loss", "hinge", "--rho", "0"]])
+def test_twenty_steps_are_those_of_the_eager_loop(argv, recorded):
+    a, b = recorded(*argv, *TINY), eager(*argv, *TINY)
+    run_both(a, b, 20)
+    assert len(a.graphs) == 1 and a.graph_note == "Steps run as 1 CUDA graph, found equal to an eager step." and not b.graphs and b.graph_note is None
+    assert len(a.graphs[0][0].calls) > 100
+
+
+def test_nothing_of_a_step_is_baked_in(recorded):
+    a, b, plain = recorded("--groups", "2", *TINY), eager("--groups", "2", *TINY), eager("--groups", "2", *TINY)
+    run_both(a, b, 6)
+    for t in (a, b):
+        t.s.rho = 0.1
+    run_both(a, b, 2)
+    for t in (a, b):
+        t.s.g_lr, t.s.d_lr, t.s.c_lr = 3e-3, 2e-3, 1e-3
+    run_both(a, b, 2)
+    for t in (a, b):
+        t.data.images.copy_(255 - t.data.images)
+    run_both(a, b, 2)
+    for _ in range(12):
+        plain.step()
+    assert differs(a.state(), plain.state())
+    graphs = a.graphs
+    for t in (a, b):
+        t.s.rho = 0.0                                               # other kernels: the connector is not asked any more
+    run_both(a, b, 2)
+    assert a.graphs is not graphs
+    for t in (a, b):
+        t.s.rho = 0.5
+    run_both(a, b, 2)
+
+
+def test_the_recorder_would_show_a_number_that_is_baked_in(recorded, monkeypatch):
+    step = okd_train.Trainer.generator_step
+    monkeypatch.setattr(okd_train.Trainer, "generator_step", lambda t, g, d, number, fake, rho: step(t, g, d, number, fake, t.s.rho))
+    a, b = recorded("--groups", "2", *TINY), eager("--groups", "2", *TINY)
+    run_both(a, b, 5)
+    for t in (a, b):
+        t.s.rho = 0.1
+    with pytest.raises(AssertionError):
+        run_both(a, b, 2)
+
+
+def test_from_graph_to_eager_and_back(recorded):
+    whole = eager("--groups", "2", *TINY)
+    for _ in range(18):
+        whole.step()
+    t = recorded("--groups", "2", *TINY)
+    for make in (eager, recorded, None):
+        for _ in range(6):
+            t.step()
+        if make:
+            state, t = copy.deepcopy(t.state()), make("--groups", "2", *TINY)
+            t.load_state(dict(enumerate(state["groups"], 1)), state["step"])
+    assert t.graphs
+    assert_same(whole.state(), t.state())
+
+
+def test_a_script_that_draws_is_not_captured(recorded, tmp_path):
+    path = tmp_path / "other.py"
+    path.write_text(OTHER)
+    a, b = recorded("--model", str(path), "--groups", "2"), eager("--model", str(path), "--groups", "2")
+    run_both(a, b, 6)
+    assert not a.graphs and a.graph_note == "Steps run eagerly, without a CUDA graph: other.py draws random numbers by itself."
+
+
+COUNTS = OTHER.replace("0.1", "0.0").replace("drop=0.3", "drop=0.0") + '''
+calls = [0]
+def generator_loss(D, fake):
+    calls[0] += 1
+    return -D(fake).mean() * (1 + 0.3 * (calls[0] % 5))
+'''
+
+
+def test_a_script_that_changes_its_mind_is_found_out(recorded, tmp_path):
+    path = tmp_path / "counts.py"
+    path.write_text(COUNTS)
+    t = recorded("--model", str(path), "--groups", "2")
+    for _ in range(5):
+        t.step()
+    assert not t.graphs and "a replay differed from an eager step by" in t.graph_note
+    t = recorded("--model", str(path), "--groups", "2")
+    t.s.cuda_graph = "on"
+    with pytest.raises(okd_train.UserError, match="--cuda-graph on: a replay differed"):
+        for _ in range(5):
+            t.step()
+
+
+def test_a_failed_capture_leaves_an_eager_run(recorded, monkeypatch):
+    def record(work, pool, stream):
+        raise RuntimeError("operation not permitted when stream is capturing")
+    monkeypatch.setattr(okd_train, "record", record)
+    a, b = recorded("--groups", "2", *TINY), eager("--groups", "2", *TINY)
+    run_both(a, b, 6)
+    assert not a.graphs and "capturing it failed: RuntimeError: operation not permitted" in a.graph_note
+
+
+def test_a_loss_that_is_lost_is_named_with_its_step(recorded):
+    t = recorded("--groups", "3", *TINY)
+    for _ in range(6):
+        t.step()
+    assert t.graphs and t.first_bad() == 0
+    with torch.no_grad():
+        t.groups[1].nets["C"].params[0].fill_(float("nan"))
+    for _ in range(3):                                              # looked at only afterwards
+        t.step()
+    bad = t.first_bad()
+    assert bad // 4096 == 7 and okd_train.name_bad(bad % 4096) == "connector of group 2"
+
+
+def test_on_is_refused_without_a_gpu_and_auto_says_why(photos, tmp_path, capsys):
+    if CUDA:
+        pytest.skip("this machine has a CUDA device")
+    assert "--cuda-graph on: the device is cpu" in refused(capsys, "--data", photos, *TINY, "--cuda-graph", "on", "--out", tmp_path / "run")
+    assert "tf32 is arithmetic of CUDA devices" in refused(capsys, "--data", photos, *TINY, "--precision", "tf32", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for choice in ("auto", "off"):
+        okd_train.main(["--data", str(photos), *TINY, "--groups", "1", "--steps", "5", "--cuda-graph", choice, "--out", str(tmp_path / choice)])
+        text = capsys.readouterr().out
+        assert text.count("Steps run eagerly, without a CUDA graph: the device is cpu.") == (choice == "auto")
+
+
+DRIVER = '''
+import sys
+sys.path[:0] = {paths!r}
+import okd_train, test_graph
+trainers = []
+init, obstacle = okd_train.Trainer.__init__, okd_train.Trainer.obstacle
+okd_train.Trainer.obstacle = lambda t: None if (why := obstacle(t)) == "the device is cpu" else why
+okd_train.Trainer.__init__ = lambda t, *a: (trainers.append(t), init(t, *a))[1]
+okd_train.record = test_graph.recording(trainers)
+okd_train.main(sys.argv[1:])
+assert trainers[0].graphs and len(trainers[0].graphs) == {parts}, trainers[0].graph_note
+'''
+
+
+@pytest.mark.parametrize("n_critic", [1, 2])
+def test_two_processes_exchange_between_graphs(n_critic, photos, tmp_path, root):
+    """Two graphs around every exchange; the checkpoint is that of one eager process."""
+    (tmp_path / "driver.py").write_text(DRIVER.format(paths=[str(root), str(root / "tests")], parts=2 * n_critic if n_critic == 1 else n_critic + 1))
+    common = ["--groups", "3", *TINY, "--data", str(photos), "--steps", "8", "--n-critic", str(n_critic)]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "driver.py", *common, "--out", tmp_path / "two"],
+                       env=env, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0 and f"Steps run as {n_critic + 1} CUDA graphs" in p.stdout, p.stdout + p.stderr
+    okd_train.main([*common, "--cuda-graph", "off", "--out", str(tmp_path / "one")])
+    assert_same(*(okd_train.load_file(tmp_path / name / "checkpoint.pt") for name in ("one", "two")))
+
+
+# ---------------------------------------------------------------------------------------------- precision
+def test_bf16_keeps_the_penalty_and_the_spectral_norm_in_fp32(monkeypatch):
+    t = eager("--groups", "2", "--precision", "bf16", *TINY)
+    seen = {"scores": set(), "penalty": set()}
+    D = t.groups[0].nets["D"].net
+    conv = D.net[0]._conv_forward
+    D.net[0]._conv_forward = lambda x, w, b: (lambda y: (seen["penalty" if x.requires_grad and x.is_leaf else "scores"].add(y.dtype), y)[1])(conv(x, w, b))
+    sigmas = []
+    for m in t.groups[0].nets["G"].parametrizations + t.groups[0].nets["D"].parametrizations:
+        m.register_forward_hook(lambda m, i, o: sigmas.append((torch.is_autocast_enabled("cpu"), o.dtype)))
+    out = t.step()
+    assert seen == {"scores": {torch.bfloat16}, "penalty": {torch.float32}}
+    assert set(sigmas) == {(False, torch.float32)}
+    assert all(v.dtype == torch.float32 for v in values(out).values()) and all(p.dtype == torch.float32 for p in D.parameters())
+
+
+@pytest.mark.parametrize("argv", [["--groups", "2"], ["--model", "acgan", "--groups", "2"], ["--model", "acgan", "--groups", "2", "--loss", "wgan-gp"]])
+def test_bf16_is_near_fp32(argv):
+    a, b = eager(*argv, *TINY), eager(*argv, "--precision", "bf16", *TINY)
+    x, y = values(a.step()), values(b.step())
+    assert x.keys() == y.keys() and any(not torch.equal(x[k], y[k]) for k in x)
+    for k in x:
+        if not k.endswith("accuracy"):
+            torch.testing.assert_close(x[k], y[k], rtol=0.05, atol=0.05)
+
+
+def test_bf16_of_a_users_script_is_for_its_generator_alone(tmp_path):
+    path = tmp_path / "other.py"
+    path.write_text(OTHER)
+    t = eager("--model", str(path), "--groups", "2", "--precision", "bf16")
+    seen = {}
+    for role, n in t.groups[0].nets.items():
+        n.net.f[1 if role == "D" else 0].register_forward_hook(lambda m, i, o, role=role: seen.setdefault(role, set()).add(o.dtype))
+    fakes = []
+    generate = t.generate
+    t.generate = lambda *a: (fakes.append(generate(*a)), fakes[-1])[1]
+    t.step()
+    assert seen["G"] == {torch.bfloat16} and seen["D"] == {torch.float32} and fakes[0].dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------- on a GPU
+def on_gpu(*argv):
+    s, script, named = okd_train.parse([*argv, "--device", "cuda"])
+    okd_train.settle(s, script, named)
+    device = okd_train.pick_device("cuda")
+    okd_train.set_precision(s, device)
+    images, labels, classes = okd_train.synthetic_images(s.image_size, script.conditional)
+    s.n_classes = len(classes)
+    return okd_train.Trainer(script, s, okd_train.Data(images, labels, classes, s, device), device)
+
+
+@pytest.fixture
+def deterministic():
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    yield
+    torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["sagan", "acgan"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_gpu_graph_equals_eager_over_twenty_steps(model, precision, deterministic):
+    argv = ["--model", model, "--groups", "3", "--batch-size", "8", "--precision", precision]
+    a, b = on_gpu(*argv, "--cuda-graph", "on"), on_gpu(*argv, "--cuda-graph", "off")
+    same = True
+    for _ in range(20):
+        state = copy.deepcopy(a.state())
+        b.load_state(dict(enumerate(state["groups"], 1)), state["step"])
+        a.step(), b.step()
+        for g, h in zip(a.groups, b.groups):
+            for role, n in g.nets.items():
+                x, y = (torch.cat([v["exp_avg"].flatten() for v in m.opt.state.values()]) for m in (n, h.nets[role]))
+                assert (x - y).abs().max() <= 1e-5 * y.abs().max(), (role, g.i)
+                same &= torch.equal(x, y)
+    assert a.graphs
+    print(f"{model} {precision}: bit-identical: {same}")
+
+
+@pytest.mark.gpu
+def test_gpu_changes_between_replays_arrive(deterministic):
+    a, b = on_gpu("--groups", "2", "--batch-size", "4", "--cuda-graph", "on"), on_gpu("--groups", "2", "--batch-size", "4", "--cuda-graph", "off")
+
+    def both(steps):
+        for _ in range(steps):
+            x, y = values(a.step()), values(b.step())
+        for k in x:
+            torch.testing.assert_close(x[k], y[k], rtol=1e-3, atol=1e-3)
+    both(5)
+    for t in (a, b):
+        t.s.rho, t.s.g_lr = 0.05, 1e-3
+        t.data.images.copy_(255 - t.data.images)
+    both(2)
+    for t in (a, b):
+        t.s.rho = 0.0
+    both(2)
+
+
+@pytest.mark.gpu
+def test_gpu_resume_from_graph_into_eager_and_back(tmp_path, photos):
+    common = ["--groups", "2", *TINY, "--data", str(photos), "--nproc", "1", "--log-every", "1"]
+    out = str(tmp_path / "run")
+    okd_train.main([*common, "--steps", "8", "--cuda-graph", "on", "--out", out])
+    okd_train.main(["--resume", "--steps", "12", "--cuda-graph", "off", "--out", out])
+    okd_train.main(["--resume", "--steps", "20", "--cuda-graph", "on", "--out", out])
+    okd_train.main([*common, "--steps", "20", "--cuda-graph", "off", "--out", str(tmp_path / "whole")])
+    a, b = (json.loads((tmp_path / d / "log.jsonl").read_text().splitlines()[-1]) for d in ("run", "whole"))
+    for x, y in zip(a["groups"], b["groups"]):
+        assert x["d_loss"] == pytest.approx(y["d_loss"], rel=0.05, abs=0.05)
+
+
+@pytest.mark.gpu
+def test_gpu_launches_before_capture():
+    """At most 1300 launches a group and step; sagan at full size."""
+    from torch.profiler import ProfilerActivity, profile
+    t = on_gpu("--groups", "3", "--cuda-graph", "off")
+    for _ in range(4):
+        t.step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as p:
+        t.step()
+        torch.cuda.synchronize()
+    launches = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in p.events())
+    assert 0 < launches <= 3 * 1300, launches
