@@ -7,6 +7,7 @@
     python okd_train.py --model sagan --groups 3 --data crops/ --resume            # go on, bit for bit
     python okd_train.py --out runs/sagan-3 --sample 1000              # 1000 PNGs per group in runs/sagan-3/fakes/
     python okd_train.py --out runs/acgan-3 --per-class Crack=500 --group best --to cracks/        # 500 PNGs of one class, by the best generator
+    python okd_train.py --out runs/sagan-3 --report                   # what was learnt, on one page: runs/sagan-3/report.html
 
 Every group i has its own networks and its own order of the data. Its connector C_i is a second critic that scores the
 images of the next group's generator as real and those of its own as fake; the generator answers to both:
@@ -19,12 +20,14 @@ What a model script must offer stands in the README; the short form: Generator(z
 Discriminator(x) -> (B,), and optionally losses and a flat dict hparams, whose keys become flags.
 """
 import argparse
+import base64
 import contextlib
 import csv
 import ctypes
 import datetime
 import functools
 import hashlib
+import html
 import importlib.util
 import inspect
 import io
@@ -45,7 +48,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,6 +81,7 @@ IMAGE_TYPES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff",
 CHUNK = 50                      # images per forward when sampling: fixed, so that an image does not depend on how many are asked for
 FORMAT = "okd-gan 1"            # of checkpoint.pt
 MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc", "cuda_graph"}    # on --resume
+PICTURES = {"curves": "curves.png", "interpolate": "interpolate.png", "attention_maps": "attention.png", "report": "report.html"}   # flag: file
 WARM_UP = 3                     # steps before a capture: cuDNN, cuBLAS, Triton and Adam make what they need at their first call
 PROOF = 1e-2                    # largest difference of a replay to an eager step, of each network's largest gradient: roundings stay far below, what went stale far above
 OUTER = "OKD_TRAIN_AGENT"       # which torchrun started us, told to the processes that we start ourselves
@@ -1143,6 +1147,111 @@ def grid(blocks, columns):
     return sheet
 
 
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")     # Okabe and Ito: told apart by colour-blind people too
+DASHES = (0, 7, 3, 12)          # pixels on and off; 0 is solid
+
+
+@functools.cache
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def ticks(low, high, most=6):
+    """At most `most` >= 2 round numbers in [low, high], multiples of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / (most - 1)
+    power = math.floor(math.log10(rough))
+    step = next(m * 10.0 ** power for m in (1, 2, 5, 10) if m * 10.0 ** power >= rough * (1 - 1e-9))
+    return [round(k * step, max(0, -power)) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_labels(values):
+    """Numbers of one axis in one unit: 0, 10k, 20k."""
+    most = max(map(abs, values), default=0)
+    unit, name = (1e6, "M") if 1e6 <= most < 1e10 else (1e3, "k") if 1e4 <= most < 1e6 else (1, "")
+    return [f"{v / unit:.7g}{name if v else ''}" for v in values]
+
+
+def y_limits(lines):
+    """(low, high) for lines [(values, smoothed values)]: an outlier, such as a spike at the start, does not flatten the rest.
+
+    The middle 90 % and a margin of 0.4 times their reach, within all there is, and where every smoothed line ends.
+    """
+    v = np.concatenate([v[np.isfinite(v)] for v, _ in lines] or [[]])
+    if not len(v):
+        return 0.0, 1.0
+    a, b = np.quantile(v, (0.05, 0.95))
+    ends = [m[np.isfinite(m)][-1] for _, m in lines if np.isfinite(m).any()]
+    low, high = min(max(v.min(), a - 0.4 * (b - a)), *ends, a), max(min(v.max(), b + 0.4 * (b - a)), *ends, b)
+    if high - low <= 1e-6 * max(abs(low), abs(high)):               # a constant
+        low, high = low - (0.1 * abs(low) or 0.5), high + (0.1 * abs(high) or 0.5)
+    return low - 0.04 * (high - low), high + 0.04 * (high - low)
+
+
+def smooth(y, width):
+    """Centred mean over `width` (odd) values; NaN is left out of it and stays NaN."""
+    good, ones = np.isfinite(y), np.ones(min(width, len(y)))
+    total, count = (np.convolve(a, ones, "same") for a in (np.where(good, y, 0), good.astype(float)))
+    return np.where(good, total / np.maximum(count, 1), np.nan)
+
+
+class Plot:
+    """One panel: a frame with round numbers at its axes, into which lines are drawn. Twice the size, made smaller by `image`."""
+
+    LEFT, TOP, RIGHT, BOTTOM = 54, 30, 12, 22
+
+    def __init__(self, width, height, title, about, xlim, ylim):
+        self.w, self.h, self.xlim, self.ylim = width - self.LEFT - self.RIGHT, height - self.TOP - self.BOTTOM, xlim, ylim
+        self.sheet = Image.new("RGB", (2 * width, 2 * height), "white")
+        self.inside = Image.new("RGB", (2 * self.w, 2 * self.h), "white")           # of its own: lines end at the frame
+        self.pen, pen = ImageDraw.Draw(self.inside), ImageDraw.Draw(self.sheet)
+        pen.text((2 * self.LEFT, 16), title, "black", font(26))
+        pen.text((2 * self.LEFT + pen.textlength(title, font(26)) + 16, 20), about, "#555555", font(21))
+        at = ticks(*ylim)
+        for v, text in zip(at, tick_labels(at)):
+            y = self.y(v)
+            self.pen.line([(0, y), (2 * self.w, y)], "#e6e6e6", 2)
+            pen.text((2 * self.LEFT - 10, 2 * self.TOP + y), text, "#333333", font(21), anchor="rm")
+        at = ticks(*xlim)
+        for v, text in zip(at, tick_labels(at)):
+            x = self.x(v)
+            self.pen.line([(x, 0), (x, 2 * self.h)], "#f2f2f2", 2)
+            pen.text((2 * self.LEFT + x, 2 * (height - self.BOTTOM) + 8), text, "#333333", font(21), anchor="mt" if x < 2 * self.w - 30 else "rt")
+
+    def x(self, v):
+        return np.clip((v - self.xlim[0]) / (self.xlim[1] - self.xlim[0]), -9, 9) * 2 * self.w
+
+    def y(self, v):
+        return np.clip((self.ylim[1] - v) / (self.ylim[1] - self.ylim[0]), -9, 9) * 2 * self.h
+
+    def line(self, x, y, colour, width=2, dash=0, dots=False):
+        """x, y (n,): a gap where y is NaN, a dot where a value stands alone; dash: pixels on and off."""
+        good = np.flatnonzero(np.isfinite(y))
+        for run in np.split(good, np.flatnonzero(np.diff(good) > 1) + 1):
+            px, py = self.x(x[run]), self.y(y[run])
+            for a, b in zip(px, py) if dots or len(run) == 1 else ():
+                self.pen.ellipse([a - 2 * width - 1, b - 2 * width - 1, a + 2 * width + 1, b + 2 * width + 1], colour)
+            if len(run) > 1 and dash:
+                at = np.arange(px[0], px[-1] + 1)
+                py = np.interp(at, px, py)
+                for k in range(0, len(at), 4 * dash):
+                    self.pen.line(list(zip(at[k:k + 2 * dash + 1], py[k:k + 2 * dash + 1])), colour, 2 * width)
+            elif len(run) > 1:
+                self.pen.line(list(zip(px, py)), colour, 2 * width)
+
+    def faint(self, x, y, colour, pale=0.75):
+        """The same, thin and pale (1: white); where lines cross their colours mix, so that the last does not hide the others."""
+        layer = Image.new("RGB", self.inside.size, "white")
+        self.pen = ImageDraw.Draw(layer)
+        self.line(x, y, Image.blend(*(Image.new("RGB", (1, 1), c) for c in (colour, "white")), pale).getpixel((0, 0)), 1)
+        self.inside.paste(ImageChops.multiply(self.inside, layer))
+        self.pen = ImageDraw.Draw(self.inside)
+
+    def image(self):
+        self.sheet.paste(self.inside, (2 * self.LEFT, 2 * self.TOP))
+        ImageDraw.Draw(self.sheet).rectangle([2 * self.LEFT - 1, 2 * self.TOP - 1, 2 * (self.LEFT + self.w), 2 * (self.TOP + self.h)], outline="#888888")
+        return self.sheet.reduce(2)
+
+
 @torch.inference_mode()
 def generate(G, z, y=None, chunk=CHUNK):
     """Images of a generator in eval mode: z (n, z_dim), y (n,) or None -> uint8 (n, H, W, 3)."""
@@ -1410,6 +1519,10 @@ def trainer_flags(p):
     p.add_argument("--group", default="all", metavar="all|best|1,3", help="whose images; best: the group and step with the lowest score of --fid-every (default all)")
     p.add_argument("--to", metavar="DIR", help="empty or new folder for the images (default OUT/fakes)")
     p.add_argument("--npz", action="store_true", help="a file G1.npz (arr_0, labels, classes, group) per group in place of PNGs")
+    p.add_argument("--curves", action="store_true", help="do not train: draw losses, scores and all that the log has to OUT/curves.png")
+    p.add_argument("--interpolate", type=int, nargs="?", const=10, metavar="K", help="do not train: K images from one z to another, to OUT/interpolate.png (default 10)")
+    p.add_argument("--attention-maps", action="store_true", help="do not train: where three positions look, in every attention layer, to OUT/attention.png")
+    p.add_argument("--report", action="store_true", help="do not train: all of these and more on one page, OUT/report.html")
 
 
 def parse(argv):
@@ -1418,11 +1531,11 @@ def parse(argv):
     first = Parser(add_help=False, allow_abbrev=False)
     for name in ("--model", "--out"):
         first.add_argument(name)
-    for name in ("--resume", "--sample", "--per-class"):
-        first.add_argument(name, nargs="?", const=True)
+    for name in ("resume", "sample", "per-class", *PICTURES):
+        first.add_argument("--" + name.replace("_", "-"), nargs="?", const=True)
     early, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     saved = {}
-    if early.model is None and early.out and (early.resume or exports(early)) and (Path(early.out) / "args.json").exists():
+    if early.model is None and early.out and (early.resume or exports(early) or asked(early)) and (Path(early.out) / "args.json").exists():
         saved = read_args(Path(early.out))
     script = Script(early.model or saved.get("model") or "sagan")
 
@@ -1445,6 +1558,11 @@ def parse(argv):
     return s, script, named
 
 
+def asked(s):
+    """The pictures that the flags ask for."""
+    return [name for name in PICTURES if getattr(s, name)]
+
+
 def read_args(out):
     try:
         saved = json.loads((out / "args.json").read_text())
@@ -1460,13 +1578,16 @@ def settle(s, script, named):
     changed = {}
     if s.out is None:
         s.out = f"runs/{script.name}-{s.groups}"
+    if asked(s) and (idle := named - {*PICTURES, "out", "model", "device"}):
+        flag = lambda name: "--" + name.replace("_", "-")
+        raise UserError(f"{', '.join(map(flag, sorted(idle)))}: no use beside {flag(asked(s)[0])}, which reads the run in --out and does not train; leave it out")
     idle = named & (MAY_CHANGE - {"device", "nproc"} | {"resume"} if exports(s) else {"group", "to", "npz"})
     if idle:
         raise UserError(f"{', '.join('--' + k.replace('_', '-') for k in sorted(idle))}: without effect {'with' if exports(s) else 'without'} --sample or --per-class")
     idle = named & (MAY_CHANGE - {"device", "cuda_graph"} | {"resume", "out", "nproc", "sample", "per_class"} if s.benchmark is not None else {"json"})
     if idle:
         raise UserError(f"{', '.join('--' + k.replace('_', '-') for k in sorted(idle))}: without effect {'with' if s.benchmark is not None else 'without'} --benchmark")
-    if (s.resume or exports(s)) and (Path(s.out) / "args.json").exists():
+    if (s.resume or exports(s) or asked(s)) and (Path(s.out) / "args.json").exists():
         saved = read_args(Path(s.out))
         if "model" in named and Path(saved["script"]).stem != script.name:
             raise UserError(f"{s.out} was trained with {saved['model']}, not with {script.name}")
@@ -1477,7 +1598,7 @@ def settle(s, script, named):
             same = getattr(s, key) == old or (key == "data" and s.data and old and Path(s.data).resolve() == Path(old).resolve())
             if key in named and not same and key not in MAY_CHANGE:
                 clash.append(f"--{key.replace('_', '-')} is {old} there and {getattr(s, key)} here")
-            elif key not in named:
+            elif key not in named and not (key == "device" and asked(s)):       # pictures are also drawn on another machine
                 setattr(s, key, old)
         if "steps" in named and "epochs" not in named:
             s.epochs = None
@@ -1491,7 +1612,7 @@ def settle(s, script, named):
     if "steps" in named and "epochs" in named:
         raise UserError("--steps and --epochs both say how long; give one")
     for key, low in dict(groups=1, steps=1, batch_size=1, n_critic=1, image_size=4, z_dim=1, log_every=1, sample_every=1, save_every=1,
-                         rho=0, g_lr=0, d_lr=0, c_lr=0, seed=0, n_classes=1, sample=1, benchmark=1, nproc=1, fid_every=1, fid_samples=4).items():
+                         rho=0, g_lr=0, d_lr=0, c_lr=0, seed=0, n_classes=1, sample=1, benchmark=1, nproc=1, fid_every=1, fid_samples=4, interpolate=2).items():
         value = getattr(s, key, None)
         if value is not None and not (value >= low and math.isfinite(value)):
             raise UserError(f"--{key.replace('_', '-')} is {value}; it must be {low} or more")
@@ -1658,7 +1779,7 @@ def begin_run(s, script, trainer, out, agents):
 
 def save_args(s, script, data, out, agents):
     """args.json: every setting, and what they were used on."""
-    settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "per_class", "group", "to", "npz", "benchmark", "json", "out", "model", "nproc")}
+    settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "per_class", "group", "to", "npz", "benchmark", "json", "out", "model", "nproc", *PICTURES)}
     save_json({"model": s.model, "script": str(script.path), "classes": data.classes, "images": len(data.images), "data_digest": data.digest,
                "script_digest": hashlib.blake2b(script.path.read_bytes(), digest_size=16).hexdigest(),
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
@@ -1889,7 +2010,7 @@ def loop(trainer, s, out, say, scores=None):
             best = min((line[f"G{i}"], i, line["step"]) for line in score_lines(out) for i in range(1, s.groups + 1))
             progress.say(f"Best: group {best[1]} at step {best[2]} with {scores.name} {best[0]:.2f} (floor {scored['floor']:.2f}), in {out / f'G{best[1]}.best.pt'}.")
         progress.say(f"Done: {step} steps, {span(time.monotonic() - begin)}. Look at {out / 'samples'}/; "
-                     f"python okd_train.py --out {out} --sample 1000 writes images.")
+                     f"python okd_train.py --out {out} --sample 1000 writes images, --report a page.")
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -2121,6 +2242,384 @@ def write_manifest(s, plan, counts, path):
         text.detach()
 
 
+# ---------------------------------------------------------------------------------------------- pictures of a run
+POINTS = ((0.3, 0.3), (0.45, 0.8), (0.8, 0.45))     # (down, right) as shares of the picture: the positions whose attention is shown
+ABOUT = {"loss": "loss of the {}", "d_w": "E D(real) - E D(fake)", "c_w": "E C(neighbour) - E C(own)", "grad_norm": "mean gradient norm, aim 1",
+         "accuracy": "share of classes named right", "class_loss": "cross-entropy of classes", "gamma": "weight of attention, {}"}
+ROLES = {"d": "discriminator", "c": "connector", "g": "generator"}
+
+
+def read_lines(path, most=4000):
+    """Objects of a .jsonl file, those that have a step: at most about `most`, evenly thinned. A half-written line of a run that goes on is left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from e
+    kept = []
+    for line in lines[::-1][::math.ceil(len(lines) / most) or 1][::-1]:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(line)
+            if 0 <= line["step"] < math.inf:
+                kept.append(line)
+    return kept
+
+
+def column(lines, get):
+    """get(line) of every line as floats (n,); NaN where it is absent, no number, or beyond 1e30."""
+    values = []
+    for line in lines:
+        try:
+            v = get(line)
+            values.append(float(v) if abs(v) < 1e30 else math.nan)
+        except (KeyError, IndexError, TypeError):
+            values.append(math.nan)
+    return np.array(values)
+
+
+def curves(out, name):
+    """Everything in log.jsonl and fid.jsonl over steps: a panel per quantity, networks side by side, one colour per group."""
+    lines, scores = read_lines(out / "log.jsonl"), read_lines(out / "fid.jsonl")
+    x, known, n_groups = column(lines, lambda line: line["step"]), {}, 0           # known: {(quantity, role): number of its layers}
+    for line in lines:                                              # whatever any line has
+        for i, group in enumerate(line.get("groups", ()), 1):
+            n_groups = max(n_groups, i)
+            for k, v in group.items():
+                if k == "gamma":
+                    known.update({(k, role.lower()): len(layers) for role, layers in v.items()})
+                elif k[:1] in ROLES and k[1:2] == "_":
+                    known[k[2:], k[0]] = 0
+    if not known:
+        raise UserError(f"{out / 'log.jsonl'} has no line yet: nothing to draw")
+    quantities = sorted({q: None for q, _ in known}, key=lambda q: q == "gamma")    # in the log's order, gamma last
+    roles = [r for r in ROLES if any(r == role for _, role in known)]
+    width = int(len(x) ** 0.5) | 1 if len(x) >= 16 else 1
+    end = 1.02 * max(1, x.max(), *(line["step"] for line in scores))
+    hue = lambda i: COLOURS[(i - 1) % len(COLOURS)]
+    dash = lambda i, layer=0: DASHES[((i - 1) // len(COLOURS) + layer) % len(DASHES)]
+
+    def panel(quantity, role):
+        key, layers, drawn = f"{role}_{quantity}", known[quantity, role], []
+        for i in range(1, n_groups + 1):
+            for layer in range(layers or 1):
+                y = column(lines, (lambda line: line["groups"][i - 1]["gamma"][role.upper()][layer]) if layers else (lambda line: line["groups"][i - 1][key]))
+                drawn.append((i, layer, y, smooth(y, width)))
+        about = ABOUT.get(key, ABOUT.get(quantity, "")).format(ROLES[role]) + (", dashes: layers 2 on" if layers > 1 else "")
+        limits = (-0.02, 1.02) if quantity == "accuracy" else y_limits([(y, mean) for _, _, y, mean in drawn])
+        plot = Plot(430, 220, f"gamma {role.upper()}" if layers else key, about, (0, end), limits)
+        if quantity == "grad_norm":
+            plot.line(np.array([0, end]), np.array([1.0, 1.0]), "#888888", 1, 3)
+        if width > 1:
+            for i, _, y, _ in drawn:
+                plot.faint(x, y, hue(i), 1 - 0.6 / max(n_groups, 2.4))
+        for i, layer, _, mean in drawn:
+            plot.line(x, mean, hue(i), 2, dash(i, layer))
+        values = np.concatenate([y[np.isfinite(y)] for _, _, y, _ in drawn])
+        if len(values) and values.max() > limits[1]:
+            plot.pen.text((2 * plot.w - 8, 4), f"max {values.max():.3g}", "#555555", font(20), anchor="rt")
+        if len(values) and values.min() < limits[0]:
+            plot.pen.text((2 * plot.w - 8, 2 * plot.h - 4), f"min {values.min():.3g}", "#555555", font(20), anchor="rb")
+        return plot.image()
+
+    def score_panel():
+        at, drawn = column(scores, lambda line: line["step"]), {k: column(scores, lambda line: line[k]) for k in
+                                                                (*(f"G{i}" for i in range(1, n_groups + 1)), "union", "floor")}
+        plot = Plot(430, 220, str(scores[-1].get("score", "score")), "lower is better; dotted: union, dashed: floor", (0, end), y_limits([(y, y) for y in drawn.values()]))
+        for k, colour, style in (("floor", "#888888", 7), ("union", "#000000", 3)):
+            plot.line(at, drawn.pop(k), colour, 2, style)
+        for i, y in enumerate(drawn.values(), 1):
+            plot.line(at, y, hue(i), 2, dash(i), dots=len(at) <= 20)
+        return plot.image()
+
+    cells = {(row, roles.index(r)): panel(q, r) for row, q in enumerate(quantities) for r in roles if (q, r) in known}
+    if scores:
+        cells[next((row, k) for row in range(len(quantities) + 1) for k in range(len(roles)) if (row, k) not in cells)] = score_panel()
+    w, h, top = 430, 220, 54
+    sheet = Image.new("RGB", (max(640, (1 + max(k for _, k in cells)) * w + 8), top + (1 + max(row for row, _ in cells)) * h), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((12, 8), f"{name}, step {x[-1]:.0f}. Horizontal: steps." + (f" Bold: mean over {width} of the {len(x)} points that are faint." if width > 1 else ""), "black", font(14))
+    for i in range(1, n_groups + 1):
+        left, d = 12 + 52 * (i - 1), dash(i) or 20
+        for k in range(0, 20, 2 * d):
+            pen.line([(left + k, 40), (left + min(k + d, 20), 40)], hue(i), 4)
+        pen.text((left + 24, 40), f"G{i}", "black", font(13), anchor="lm")
+    for (row, k), image in cells.items():
+        sheet.paste(image, (k * w, top + row * h))
+    return sheet
+
+
+def between(a, b, k):
+    """a, b (z_dim,) -> (k, z_dim) along the great circle from a to b, both ends exact.
+
+    Not along the line: all z of the training have a length near sqrt(z_dim), and the middle of a line is shorter by a
+    factor 0.7, where no generator was trained.
+    """
+    t = torch.linspace(0, 1, k, dtype=torch.float64)[:, None]
+    p, q = a.double(), b.double()
+    angle = torch.arccos((p @ q / (p.norm() * q.norm())).clamp(-1, 1))
+    weights = ((1 - t) * angle, t * angle)
+    low, high = (w.sin() / angle.sin() for w in weights) if angle.sin() > 1e-6 else (1 - t, t)      # parallel: no circle
+    return (low * p + high * q).float()
+
+
+def interpolation(s, script, generators, classes):
+    """Rows of images from one z to the next, every generator on the same z: three paths, or one in every class.
+
+    The classes of one path stand below one another, so that a column shows what the class alone changes.
+    """
+    k = s.interpolate or 10
+    z = draw(s.seed, 0, 0, "grid", "normal", (6, s.z_dim))         # the first columns of the sample grids
+    rows = [(f"z1 to z2, {name}", 0, c) for c, name in enumerate(classes[:10])] or [(f"z{j + 1} to z{j + 2}", j, None) for j in (0, 2, 4)]
+    with calling(script, "Generator"):
+        return grid([(f"{name}, G{i}", generate(G, between(z[j], z[j + 1], k), None if c is None else torch.full((k,), c)))
+                     for name, j, c in rows for i, G in generators.items()], k)
+
+
+@torch.inference_mode()
+def look(net, *args):
+    """Where POINTS look in every layer of `net` that offers attention_map(x), when it is called with args.
+
+    -> [(name, gamma or None, maps (B, len(POINTS), H, W), each of which sums to 1)] in the order of the calls.
+    """
+    seen, layers, hooks = {}, [(k, m) for k, m in net.named_modules() if callable(getattr(m, "attention_map", None))], []
+    for name, m in layers:
+        hooks.append(m.register_forward_hook(lambda m, a, kw, o, name=name: seen.update({name: (m, [*a, *kw.values()][0].clone())}), with_kwargs=True))
+    try:
+        net(*args)
+    finally:
+        for h in hooks:
+            h.remove()
+    found = []
+    for name, (m, x) in seen.items():
+        p, (h, w) = m.attention_map(x), x.shape[2:] if x.dim() == 4 else (0, 0)
+        if not h or p.shape != (len(x), h * w, h * w):
+            raise UserError(f"attention_map of layer {name} returned {tuple(p.shape)} for x {tuple(x.shape)}; expected (B, H*W, H*W) for x (B, C, H, W)")
+        gamma = getattr(m, "gamma", None)
+        gamma = gamma.item() if isinstance(gamma, torch.Tensor) and gamma.numel() == 1 else None
+        found.append((name, gamma, p[:, [int(a * h) * w + int(b * w) for a, b in POINTS]].reshape(len(x), -1, h, w).float().cpu()))
+    return found
+
+
+def attention_maps(s, script, out, generators):
+    """For three images of every generator: where POINTS look in each attention layer of the generator and of its discriminator."""
+    device, tile, n, gap = next(next(iter(generators.values())).parameters()).device, 96, 3, 4
+    y = (torch.arange(n, device=device) % s.n_classes,) if script.conditional else ()
+    z = draw(s.seed, 0, 0, "grid", "normal", (n, s.z_dim)).to(device)
+    states = read_checkpoint(out / "checkpoint.pt", s.groups)["groups"] if (out / "checkpoint.pt").exists() else None
+    blocks = []                                                     # per group: its images, and [(label, maps)]
+    for i, G in generators.items():
+        with calling(script, "attention_map"), parametrize.cached():
+            found = [("generator", *layer) for layer in look(G, z, *y)]
+            with torch.inference_mode():
+                x = G(z, *y)
+            if states:
+                D = script.Discriminator(**bind(script.Discriminator, vars(s)))
+                D.load_state_dict(states[i - 1]["D"]["net"])
+                found += [("discriminator", *layer) for layer in look(D.to(device).eval(), x, *y if "y" in inspect.signature(D.forward).parameters else ())]
+        blocks.append((i, to_uint8(x), [(f"{net} {name if len(name) <= 20 else f'...{name[-17:]}'}  {maps.shape[2]}x{maps.shape[3]}" + ("" if gamma is None else f"  gamma {gamma:+.3f}"), maps)
+                                        for net, name, gamma, maps in found]))
+    layers = max(len(b[2]) for b in blocks)
+    if not layers:
+        raise UserError(f"no layer of {script.path.name} offers attention_map(x) (B, C, H, W) -> (B, H*W, H*W): no attention to draw")
+    step, top, head, wide = tile + gap, 46, 22, len(POINTS) * (tile + gap) + 12
+    block = head + n * (step + 14)
+    sheet = Image.new("RGB", (34 + step + 12 + layers * wide, top + len(blocks) * block), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((8, 6), "Where the positions 1, 2, 3 look: from grey (nowhere) over red to yellow (most). Peak: how many times as much as with equal attention to all.", "black", font(13))
+    pen.text((8, 24), "The output of a layer is gamma x attention + input: near gamma 0 its attention does not matter yet.", "#555555", font(12))
+    heat = np.array([(190, 0, 70), (250, 110, 20), (255, 240, 90)])
+    for at, (i, images, found) in enumerate(blocks):
+        up = top + at * block
+        pen.text((8, up + 4), f"G{i}", "black", font(14))
+        for k, (label, _) in enumerate(found):
+            pen.text((34 + step + 12 + k * wide, up + 4), label, "black", font(12))
+        for row, image in enumerate(images):
+            y0 = up + head + row * (step + 14)
+            whole = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
+            grey = np.asarray(whole.convert("L"), np.float32)[..., None] * 0.6
+            sheet.paste(whole, (34, y0))
+            for j in range(len(POINTS)):
+                mark(pen, 34, y0, tile, j)
+            for k, (_, maps) in enumerate(found):
+                for j, p in enumerate(maps[row].numpy()):
+                    x0 = 34 + step + 12 + k * wide + j * step
+                    share = np.asarray(Image.fromarray(p / max(p.max(), 1e-30)).resize((tile, tile), Image.Resampling.NEAREST))[..., None]
+                    colour = np.stack([np.interp(share[..., 0], (0, 0.5, 1), heat[:, c]) for c in range(3)], 2)
+                    sheet.paste(Image.fromarray((grey + share ** 0.7 * 0.85 * (colour - grey)).clip(0, 255).astype(np.uint8)), (x0, y0))
+                    mark(pen, x0, y0, tile, j)
+                    pen.text((x0 + tile // 2, y0 + tile + 1), f"peak {p.max() * p.size:.3g}", "#555555", font(10), anchor="mt")
+    return sheet
+
+
+def mark(pen, x, y, size, j):
+    """Position j of POINTS, numbered, in a picture of `size` pixels at (x, y)."""
+    x, y = x + POINTS[j][1] * size, y + POINTS[j][0] * size
+    pen.ellipse([x - 7, y - 7, x + 7, y + 7], "white", "black")
+    pen.text((x, y), str(j + 1), "black", font(11), anchor="mm")
+
+
+def closest(s, script, saved, out, generators, device):
+    """(picture, table rows, kind of features): the 10 fakes of every group that are closest to a training image, each above that image; per group
+    the share of 200 fakes that look copied and the smallest distance, and the same between two halves of the real images."""
+    import fid
+    images, labels, classes = (load_images(s.data, s.image_size, script.conditional, s.skip_bad, lambda text: None) if s.data
+                               else synthetic_images(s.image_size, script.conditional))
+    data = Data(images, labels, classes, s, device)
+    if data.digest != saved["data_digest"]:
+        raise UserError(f"the {len(images)} images of {s.data or 'the synthetic set'} are not those that the run was trained on")
+    kind = s.fid_features
+    if not s.fid_every or kind == "inception":
+        try:
+            kind = fid.find_weights(download=False) and "inception"
+        except fid.FidError:
+            kind = "random"
+    scores = Scores(argparse.Namespace(**{**vars(s), "fid_data": None, "fid_features": kind, "fid_samples": None}), script, data, None, device)
+    print(f"Comparing {len(generators)} x 200 fakes with the {len(images)} training images, {kind} features.", flush=True)
+    try:
+        real, _ = scores.real(out)
+        rows, blocks = [], []
+        for i, G in generators.items():
+            z = draw(s.seed, 0, 0, "copies", "normal", (200, s.z_dim))
+            fakes = generate(G, z, torch.arange(200) % len(classes) if classes else None)
+            index, distance, share = fid.copies(real, scores.features(fakes))
+            order = np.argsort(distance)[:10]
+            blocks.append((f"G{i}, real", np.concatenate([fakes[order], to_hwc(data.images[torch.from_numpy(index[order])])])))
+            rows.append((f"G{i}", share, float(distance.min())))
+        a, b = fid.halves(real)
+        _, distance, share = fid.copies(a, b)
+    except fid.FidError as e:
+        raise UserError(str(e)) from e
+    return grid(blocks, len(order)), [*rows, ("floor: one half of the real images against the other", share, float(distance.min()))], kind
+
+
+def pictures(s, script):
+    """Read the run in --out and draw what the flags ask for; nothing is trained."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"--{asked(s)[0].replace('_', '-')} is drawn by one process: start it with python, not with torchrun")
+    out, device = Path(s.out), pick_device(s.device)
+    saved = read_args(out)
+    generators = functools.cache(lambda: {i: load_generator(out / f"G{i}.pt", device, str(script.path)) for i in range(1, s.groups + 1)})
+    name = f"{out.resolve().name}: {s.groups} x {script.name}"
+    makers = {"curves": lambda: curves(out, name), "interpolate": lambda: interpolation(s, script, generators(), saved["classes"]),
+              "attention_maps": lambda: attention_maps(s, script, out, generators())}
+    made = {}
+    for flag in asked(s):
+        if flag == "report":
+            page = report(s, script, saved, out, {**makers, **{k: lambda v=v: v for k, v in made.items()},
+                                                  "closest": lambda: closest(s, script, saved, out, generators(), device)})
+            with replacing(out / PICTURES[flag]) as f:
+                f.write(page.encode("utf-8", "replace"))
+        else:
+            made[flag] = makers[flag]()
+            save_image(made[flag], out / PICTURES[flag])
+        print(f"Wrote {out / PICTURES[flag]}.", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- report.html
+STYLE = """:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #595959; --line: #ccc; --mark: #fff3cd }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --faint: #a8a8a8; --line: #444; --mark: #4a3f14 } }
+body { margin: 2rem auto; max-width: 84rem; padding: 0 1rem; color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.7rem; overflow-wrap: anywhere } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
+p, figcaption, td { overflow-wrap: anywhere } figcaption, .faint { color: var(--faint); font-size: .9rem } figure { margin: 0 0 1rem }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px } table { border-collapse: collapse; margin: .8rem 0 } caption { text-align: left; color: var(--faint); font-size: .9rem }
+th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+mark { background: var(--mark); color: inherit; padding: 0 .2rem } .beside, .many { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)) } .many { grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }"""
+
+
+def picture(image, alt, kind="JPEG", width=4000):
+    """An image, or the text that says why there is none, as HTML; the image travels inside the page, at most `width` pixels wide."""
+    if not isinstance(image, Image.Image):
+        return f'<p class="faint">{html.escape(image)}.</p>'
+    f, image = io.BytesIO(), image.convert("RGB")
+    image.thumbnail((width, 20000))
+    image.save(f, kind, **dict(quality=88, subsampling=0) if kind == "JPEG" else dict(optimize=True))
+    return (f'<figure><img src="data:image/{kind.lower()};base64,{base64.b64encode(f.getvalue()).decode()}" width="{image.width}" height="{image.height}" '
+            f'alt="{html.escape(alt)}"><figcaption>{html.escape(alt)}</figcaption></figure>')
+
+
+def table(caption, head, rows, marked=()):
+    """Rows of values as an HTML table: the first cell of a row is its header, rows that begin with one of `marked` are highlighted."""
+    say = lambda v: html.escape({True: "yes", False: "no", None: "none"}[v] if v is None or v is True or v is False else f"{v:.4g}" if isinstance(v, float) else str(v))
+    aligned = [' class="n"' if all(type(row[k]) in (int, float) or row[k] == "" for row in rows) else "" for k in range(len(head))]
+    lines = ["<thead><tr>" + "".join(f'<th scope="col"{c}>{say(h)}</th>' for c, h in zip(aligned, head)) + "</tr></thead><tbody>"]
+    for row in rows:
+        first = f"<mark>{say(row[0])}</mark>" if row[0] in marked else say(row[0])
+        lines.append(f'<tr><th scope="row">{first}</th>' + "".join(f"<td{c}>{say(v)}</td>" for c, v in zip(aligned[1:], row[1:])) + "</tr>")
+    return "\n".join([f"<table><caption>{say(caption)}</caption>", *lines, "</tbody></table>"])
+
+
+def report(s, script, saved, out, makers):
+    """One page about a run, complete in itself. makers {name: function -> image}; where one raises UserError, the page says its line."""
+    def made(name):
+        try:
+            return makers[name]()
+        except UserError as e:
+            return str(e)
+
+    def opened(path):
+        try:
+            with Image.open(path) as im:
+                return im.convert("RGB")
+        except Exception as e:                                      # Pillow raises a dozen types for a file that is no picture
+            return f"{path} cannot be shown: {' '.join(str(e).split())}"
+
+    classes, log, name = saved["classes"], read_lines(out / "log.jsonl"), out.resolve().name
+    ring = f"One {script.name} generator" if s.groups == 1 else f"{s.groups} {script.name} generators in a ring (rho {s.rho:g})"
+    source = (f"images of {s.data}" if s.data else "synthetic images of concrete defects") + (f" in {len(classes)} classes ({', '.join(classes)})" if classes else "")
+    sentence = (f"{ring} learnt {s.image_size}x{s.image_size} images from {saved['images']} {source}, {s.batch_size} a step"
+                f"{' and group' if s.groups > 1 else ''}: step {log[-1]['step'] if log else 0} of {s.steps}.")
+    steps = sorted((out / "samples").glob("step_*.png"), key=lambda path: (len(path.name), path.name))        # step_1000000 comes after step_999500
+    shown = [steps[k] for k in sorted(set(np.linspace(0, len(steps) - 1, min(6, len(steps))).round().astype(int)))]
+    at = lambda path: f"step {path.stem[5:].lstrip('0') or '0'}"
+    rows_are = "a row per group and class" if classes else "a block of rows per group"
+    text = lambda words: f'<p class="faint">{html.escape(words)}</p>'
+    parts = [f"<h1>{html.escape(name)}</h1>", f"<p>{html.escape(sentence)}</p>", "<h2>Samples</h2><div class=beside>"]
+    if shown:
+        parts += [picture(opened(shown[-1]), f"Generated images at {at(shown[-1])}: {rows_are}, the same z in each column (averaged generators).")]
+    else:
+        parts += [text("No sample grid yet.")]
+    parts += [picture(opened(out / "samples" / "real.png"), "Real images that were trained on."), "</div>"]
+    if shown[:-1]:
+        parts += ["<h3>On the way</h3><div class=many>", *(picture(opened(p), f"Generated images at {at(p)}.", width=800) for p in shown[:-1]), "</div>"]
+
+    scores = read_lines(out / "fid.jsonl")
+    if scores:
+        keys = [f"G{i}" for i in range(1, s.groups + 1)] + ["mean", "union", "floor"]
+        values = {k: column(scores, lambda line: line[k]) for k in keys}
+        good = {k: np.flatnonzero(np.isfinite(v)) for k, v in values.items()}
+        best = {k: min(g, key=lambda n: values[k][n]) for k, g in good.items() if len(g)}
+        parts += ["<h2>Scores</h2>", text(
+            f"{scores[-1].get('samples', '?')} images per group against {scores[-1].get('reals', '?')} real ones; lower is better. "
+            "union: all groups together. floor: one half of the real images against the other; nothing can be expected below it."),
+            table(f"{scores[-1].get('score', 'score')} at {len(scores)} steps", ("", f"last (step {scores[-1]['step']})", "best", "at step"),
+                  [(k, float(values[k][-1]), *((float(values[k][n]), int(scores[n]["step"])) if k != "floor" else ("", ""))) for k, n in best.items()])]
+    parts += ["<h2>Curves</h2>", picture(made("curves"), "Losses, attention weights and scores over the steps, a panel per quantity, a colour per group.", kind="PNG"),
+              "<h2>Between two z</h2>", picture(made("interpolate"), "Images on the way from one z to another (along the sphere), the same z for every group in a column."),
+              "<h2>Attention</h2>", picture(made("attention_maps"), "Where three marked positions look in every attention layer of the generators and discriminators."),
+              "<h2>Closest copies</h2>"]
+    found = made("closest")
+    if isinstance(found, str):
+        parts += [text(f"Not compared with the training images: {found}.")]
+    else:
+        sheet, rows, kind = found
+        parts += [picture(sheet, "Of 200 generated images per group the ten that are closest to a training image, and below each that image."),
+                  text(f"Copied: nearer to its nearest real image than that one is to any other real image, in {kind} features. "
+                       "Fresh images of the same kind count too: compare with the floor, not with 0."),
+                  table("Copies", ("", "share copied", "smallest distance"), rows)]
+
+    default, settings = vars(parse(["--model", str(script.path)])[0]), saved["settings"]
+    changed = [k for k in settings if settings[k] != default.get(k)]
+    other = [(k, settings[k]) for k in settings if k not in changed]
+    parts += ["<h2>Settings</h2>", table("Changed from the default", ("setting", "here", "default"), [(k, settings[k], default.get(k)) for k in changed], changed),
+              "<details><summary>All other settings, at their defaults, and versions</summary>",
+              table("At their defaults", ("setting", "value"), other),
+              table("Made with", ("", ""), [("model script", saved["script"]), *saved.get("versions", {}).items(), ("git revision", saved.get("git"))]), "</details>"]
+    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+            f"<title>{html.escape(name)}</title>\n<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n")
+
+
 # ---------------------------------------------------------------------------------------------- benchmark
 class Clock:
     """Times named phases of a step; one inside another counts for itself alone."""
@@ -2320,7 +2819,7 @@ The paper's 50,000 steps take {span(50000 * seconds)}.""")
 # ---------------------------------------------------------------------------------------------- launching
 def processes(s):
     """How many processes to start from this one: 1 means none."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or OUTER in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or OUTER in os.environ or asked(s):
         return 1
     if s.nproc is not None or s.benchmark:
         return s.nproc or 1
@@ -2374,6 +2873,8 @@ def main(argv=None):
             sample(s, script)
         elif s.benchmark:
             benchmark(s, script)
+        elif asked(s):
+            pictures(s, script)
         else:
             train(s, script, named, changed)
     except UserError as e:
