@@ -1,16 +1,20 @@
-"""How long one training step takes against the loop that one would write first.
+"""How long one training step takes against the loop that one would write first, what each lever is worth, and how cost grows.
 
     python tests/bench_step.py                      # full size, three groups, batch 25: about five minutes on two cores
+    python tests/bench_step.py --levers             # ours against ours without one lever, or with one more: about fifteen minutes
+    python tests/bench_step.py --growth             # groups, batch and image size, by okd_train.py --benchmark --json
     python tests/bench_step.py --ch 16 --batch-size 10 --steps 5
 
 Every variant runs in a process of its own, in turns (A B C A B C ...), on the same networks, data and losses:
-    obvious    a fresh generator forward for every use, fakes not detached for D and C, D and C not frozen while G learns
+    obvious    a fresh generator forward for every use, fakes not detached for D and C, D and C not frozen while G learns,
+               eager attention (kernels/reference.py), torch's convolutions, the default allocator
     detached   the same with fakes detached
     ours       okd_train's step, with the allocator setting that training uses
-    ours*      the same with the default allocator
+    levers     `ours` less one of them (-name), or with one that was not taken (+name); see LEVERS below
 Prints median seconds per step, the ratio to ours (pair by pair, median) and the peak resident memory.
 """
 import argparse
+import json
 import resource
 import statistics
 import subprocess
@@ -18,13 +22,31 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+LEVERS = {
+    "-allocator": "freed memory goes back to the system after every use (glibc's default)",
+    "-convolution": "torch's second derivative of a convolution (no kernels/convolution.py)",
+    "-one pass": "D scores real and fake in two passes",
+    "-freezing": "weight gradients of D and C are computed, and thrown away, while G learns",
+    "-one forward": "three generator passes a group and step in place of one",
+    "-cached": "a power iteration of the spectral norm at every use of a weight",
+    "-fused adam": "torch's default Adam on the CPU, a loop over tensors",
+    "-blocks": "attention of G in one piece, 105 MB at 32x32",
+    "+P again": "blocks of attention made again for the backward pass in place of kept (a fifth less memory)",
+    "+channels last": "networks and images in channels_last layout",
+    "+explicit": "attention by its explicit formulas (first derivative), rows in blocks of 256",
+    "+padded SDPA": "attention of G by scaled_dot_product_attention, q and k padded to v's channels",
+    "+bf16": "--precision bf16",
+}
 
 
 def obvious_step(t, detach):
     """The step as it is usually written, on okd_train's networks and optimisers. Groups update one after the other."""
     s = t.s
-    d = t.inputs(t.step_count)[0]
+    t.given.put(t.inputs(t.step_count))
+    d = t.given.plan[0]
     labels = (d["y"],) if t.conditional else ()
     f, extra = t.script, t.names
     out = (lambda x: x.detach()) if detach else (lambda x: x)
@@ -52,30 +74,121 @@ def obvious_step(t, detach):
             loss = loss + s.rho * value(f.generator_loss(own["C"], fake, *labels, **extra["G"]))
         loss.backward()
         g.nets["G"].opt.step()
-        g.average(t.step_count)
+        g.average(d["pace"])
     t.step_count += 1
+
+
+def explicit_attention():
+    """First derivatives written out, rows in blocks that stay in the cache; keeps no N x N matrix."""
+    import torch
+
+    class Rows(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            o, size = torch.empty_like(v.mT), torch.empty(len(q), q.shape[2], 1)
+            for b in range(len(q)):
+                for r in range(0, q.shape[2], 256):
+                    rows = slice(r, r + 256)
+                    s = q[b].t()[rows] @ k[b]
+                    top = s.amax(1, keepdim=True)
+                    s.sub_(top).exp_()
+                    total = s.sum(1, keepdim=True)
+                    o[b, rows], size[b, rows] = s @ v[b].t() / total, top + total.log()
+            ctx.save_for_backward(q, k, v, o, size)
+            return o.mT
+
+        @staticmethod
+        def backward(ctx, g):
+            q, k, v, o, size = ctx.saved_tensors
+            dq, dk, dv = torch.empty_like(q.mT), torch.zeros_like(k.mT), torch.zeros_like(v.mT)
+            d = (g.mT * o).sum(2, keepdim=True)
+            for b in range(len(q)):
+                for r in range(0, q.shape[2], 256):
+                    rows = slice(r, r + 256)
+                    p = (q[b].t()[rows] @ k[b]).sub_(size[b, rows]).exp_()
+                    x = (g[b].t()[rows] @ v[b]).sub_(d[b, rows]).mul_(p)
+                    dv[b].addmm_(p.t(), g[b].t()[rows])
+                    dk[b].addmm_(x.t(), q[b].t()[rows])
+                    dq[b, rows] = x @ k[b].t()
+            return dq.mT, dk.mT, dv.mT
+    return Rows.apply
+
+
+def take(variant, t, module):
+    """Change the trainer t (and the model script's module globals) by one lever; returns the step to time."""
+    import torch
+    from kernels import reference
+    from torch.nn.utils import parametrize
+    own = module.get("self_attention")
+    large = lambda f: lambda q, k, v: f(q, k, v) if q.shape[2] >= 1024 and not k.shape[1] > 16 else own(q, k, v)        # G's, never penalised
+    if variant in ("obvious", "detached"):
+        module["self_attention"] = reference.attention
+        return lambda: obvious_step(t, variant == "detached")
+    if variant == "-one pass":
+        cat = torch.cat
+        f = module["_critic_loss"]
+
+        def two_passes(D, real, fake, *a, **k):
+            class Apart:
+                def __call__(self, x):
+                    return cat([D(real), D(fake)]) if len(x) == 2 * len(real) else D(x)
+            return f(Apart(), real, fake, *a, **k)
+        module["_critic_loss"] = two_passes
+    if variant == "-freezing":
+        import contextlib
+        for g in t.groups:
+            for role in "DC":
+                g.nets[role].frozen = contextlib.nullcontext
+    if variant == "-one forward":
+        generate = t.generate
+        t.generate = lambda g, d, n: [generate(g, d, n) for _ in range(3)][-1]
+    if variant == "-cached":
+        import contextlib
+        parametrize.cached = contextlib.nullcontext
+    if variant == "-fused adam":
+        for g in t.groups:
+            for n in g.nets.values():
+                n.opt.param_groups[0].update(fused=False, foreach=False, lr=float(n.opt.param_groups[0]["lr"]))
+    if variant == "-blocks":
+        module["self_attention"] = reference.attention
+    if variant == "+P again":
+        from torch.utils.checkpoint import checkpoint
+        again = lambda *block: checkpoint(reference.attention, *block, use_reentrant=False, preserve_rng_state=False)
+        module["self_attention"] = large(lambda q, k, v: torch.cat([again(*block) for block in zip(q.split(4), k.split(4), v.split(4))]))
+    if variant == "+channels last":
+        for g in t.groups:
+            for n in g.nets.values():
+                n.net.to(memory_format=torch.channels_last)
+        batch = t.data.batch
+        t.data.batch = lambda *a: batch(*a).contiguous(memory_format=torch.channels_last)
+    if variant == "+explicit":
+        module["self_attention"] = large(explicit_attention())
+    if variant == "+padded SDPA":
+        def padded(q, k, v):
+            q, k = (torch.nn.functional.pad(x.mT, (0, v.shape[1] - x.shape[1])).unsqueeze(1) for x in (q, k))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v.mT.unsqueeze(1), scale=1.0)[:, 0].mT
+        module["self_attention"] = large(padded)
+    return t.step
 
 
 def child(variant, steps, argv):
     import torch
     import okd_train
-    if variant == "ours":
+    if variant not in ("obvious", "detached", "-allocator"):
         okd_train.keep_freed_memory()
-    s, script, named = okd_train.parse(argv)
+    if variant == "-convolution" or variant in ("obvious", "detached"):
+        okd_train.fast_second_derivative = None
+    s, script, named = okd_train.parse(argv + (["--precision", "bf16"] if variant == "+bf16" else []))
     okd_train.settle(s, script, named)
     images, labels, classes = okd_train.synthetic_images(s.image_size, script.conditional)
     s.n_classes = len(classes)
     device = okd_train.pick_device(s.device)
+    okd_train.set_precision(s, device)
     t = okd_train.Trainer(script, s, okd_train.Data(images, labels, classes, s, device), device)
-    if variant in ("obvious", "detached"):
-        import kernels.reference
-        for module in (sys.modules.get(type(t.groups[0].ema).__module__), sys.modules.get("sagan")):
-            if hasattr(module, "self_attention"):
-                module.self_attention = kernels.reference.attention
-        t.script.Generator.forward.__globals__["self_attention"] = kernels.reference.attention
-    step = t.step if variant.startswith("ours") else lambda: obvious_step(t, variant == "detached")
+    step = take(variant, t, script.Generator.forward.__globals__)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    step()
+    for _ in range(okd_train.WARM_UP + 2 if device.type == "cuda" else 1):
+        step()
     wait()
     seconds = []
     for _ in range(steps):
@@ -83,13 +196,28 @@ def child(variant, steps, argv):
         step()
         wait()
         seconds.append(time.perf_counter() - begin)
-    print(statistics.median(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(statistics.median(seconds), torch.cuda.max_memory_allocated() / 1024 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def growth(rest, steps):
+    """One setting at a time away from three groups, batch 25, 64x64."""
+    print(f"{'groups':>6} {'batch':>6} {'size':>5} {'s/step':>9} {'img/s':>8} {'GFLOP':>8} {'peak GB':>8} {'of the floor':>12} {'per group and image, against the first row':>43}")
+    first = None
+    for groups, batch, size in [(3, 25, 64), (1, 25, 64), (2, 25, 64), (6, 25, 64), (3, 5, 64), (3, 64, 64), (3, 256, 64), (3, 25, 128)]:
+        command = [sys.executable, str(ROOT / "okd_train.py"), "--benchmark", str(steps), "--json", "--groups", str(groups), "--batch-size", str(batch), "--image-size", str(size), *rest]
+        r = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        each = r["step_seconds"] / groups / batch
+        first = first or each
+        print(f"{groups:6} {batch:6} {size:5} {r['step_seconds']:9.4f} {r['images_per_second']:8.1f} {r['flops_per_step'] / 1e9:8.0f} {r['peak_memory_bytes'] / 1e9:8.2f} {r['floor_share']:12.0%} {each / first:43.2f}", flush=True)
+    print(f"{r['device']}, torch {r['torch']}, {r['precision']}, {r['date']}")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--variants", default="obvious,detached,ours,ours*")
-    p.add_argument("--rounds", type=int, default=2)
+    p.add_argument("--variants", default="obvious,detached,ours")
+    p.add_argument("--levers", action="store_true", help="compare ours with ours without or with each of LEVERS")
+    p.add_argument("--growth", action="store_true", help="the table of groups, batch and image size")
+    p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--steps", type=int, default=2, help="timed steps per process, after one to warm up")
     p.add_argument("--child", help=argparse.SUPPRESS)
     a, rest = p.parse_known_args()
@@ -97,16 +225,18 @@ def main():
         return child(a.child, a.steps, rest)
     import torch
     cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "?")
-    print(f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}; {' '.join(rest) or 'sagan, 3 groups, batch 25, 64x64'}")
-    seen = {v: [] for v in a.variants.split(",")}
+    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}; {' '.join(rest) or 'sagan, 3 groups, batch 25, 64x64'}", flush=True)
+    if a.growth:
+        return growth(rest, a.steps)
+    seen = {v: [] for v in (["ours", *LEVERS] if a.levers else a.variants.split(","))}
     for _ in range(a.rounds):
         for v in seen:
-            out = subprocess.run([sys.executable, __file__, "--child", v, "--steps", str(a.steps), *rest], check=True, capture_output=True, text=True).stdout
+            out = subprocess.run([sys.executable, __file__, f"--child={v}", "--steps", str(a.steps), *rest], check=True, capture_output=True, text=True).stdout
             seen[v].append(tuple(map(float, out.split())))
-    print(f"{'variant':10} {'s/step':>8} {'ours/it':>8} {'peak GB':>8}")
+    print(f"{'variant':15} {'s/step':>8} {'ours/it':>8} {'peak GB':>8}")
     for v, rows in seen.items():
         ratio = statistics.median(o[0] / r[0] for o, r in zip(seen["ours"], rows)) if "ours" in seen else float("nan")
-        print(f"{v:10} {statistics.median(r[0] for r in rows):8.3f} {ratio:8.3f} {max(r[1] for r in rows) / 1e6:8.2f}")
+        print(f"{v:15} {statistics.median(r[0] for r in rows):8.3f} {ratio:8.3f} {max(r[1] for r in rows) / 1e6:8.2f}  {LEVERS.get(v, '')}")
 
 
 if __name__ == "__main__":
