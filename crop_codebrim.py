@@ -1284,7 +1284,8 @@ def demo(target, n_photos=36, seed=0, workers=1):
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 def one_line(message):
-    print(f"crop_codebrim.py: {message}".replace("\n", " "), file=sys.stderr)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))     # a file's name may hold anything
+    print(f"crop_codebrim.py: {text}", file=sys.stderr)
     return 2
 
 
@@ -1293,13 +1294,19 @@ class Parser(argparse.ArgumentParser):
         sys.exit(one_line(f"{message} (--help lists the flags)"))
 
 
-def at_least(least):
+def at_least(least, most=None):
     def integer(text):
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        if value < least or most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at least {least}{f' and at most {most}' if most else ''}, not {value}")
         return value
     return integer
+
+
+def some_path(text):
+    if not text:                                                       # as a path it would be the working folder
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
 
 
 def split_shares(text):
@@ -1329,7 +1336,7 @@ def main(argv=None):
     p.add_argument("--n", type=at_least(0), default=2642, help="crops of boxes in all, over all splits (default 2642, as in the paper)")
     p.add_argument("--size", type=at_least(8), default=64, help="side of a crop in pixels (default 64)")
     p.add_argument("--seed", type=at_least(0), default=0, help="the same seed and data give the same files (default 0)")
-    p.add_argument("--workers", type=at_least(1), default=min(cores, 16), help="photos decoded at a time (default: the number of cores, at most 16)")
+    p.add_argument("--workers", type=at_least(1, 256), default=min(cores, 16), help="photos decoded at a time (default: the number of cores, at most 16)")
     p.add_argument("--window", choices=("native", "box"), default="native",
                    help="native: --size pixels of the photo at full scale (default); box: a square of 0.5 to 1 of the box's shorter side, antialiased to --size")
     p.add_argument("--label", choices=("rarest", "single", "random"), default="rarest",
@@ -1338,9 +1345,9 @@ def main(argv=None):
     p.add_argument("--background", type=at_least(0), default=0, metavar="K", help="K further crops, class Background, of annotated photos, touching no box (default 0)")
     p.add_argument("--small", choices=("around", "skip"), default="around", help="boxes with a side under --size: the window covers that side (around, default), or skip them")
     p.add_argument("--split", type=split_shares, metavar="train=0.8,val=0.1,test=0.1", help="assign photos to splits before cropping; writes TARGET/train/<class>/ ... (default: no split)")
-    p.add_argument("--sheet", type=Path, metavar="sheet.png", help="also write a contact sheet, a row per class")
-    p.add_argument("--demo", type=Path, metavar="DIR", help="render a synthetic original_dataset into the new folder DIR instead of cropping (reads --seed, --workers, --photos)")
-    p.add_argument("--photos", type=at_least(1), default=None, metavar="K", help="photos of the demo (default 36)")
+    p.add_argument("--sheet", type=some_path, metavar="sheet.png", help="also write a contact sheet, a row per class")
+    p.add_argument("--demo", type=some_path, metavar="DIR", help="render a synthetic original_dataset into the new folder DIR instead of cropping (reads --seed, --workers, --photos)")
+    p.add_argument("--photos", type=at_least(1, 10 ** 6), default=None, metavar="K", help="photos of the demo (default 36)")
     a = p.parse_intermixed_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1370,6 +1377,10 @@ def main(argv=None):
         return one_line(e)
     except OSError as e:
         return one_line(f"{e.filename or ''}: {e.strerror or e}")
+    except ValueError as e:                                            # a null character in a path
+        if "null" not in str(e):
+            raise
+        return one_line(e)
     except KeyboardInterrupt:
         return 130
 

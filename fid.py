@@ -41,6 +41,7 @@ import numpy as np
 # torch, scipy and Pillow are imported where they are used: --help and every mistake in the arguments answer at once.
 
 EXTENSIONS = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")
+FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")     # whatever a file's name says; none that starts other programs
 DIMS = (2048, 768, 192, 64)                    # width of the pooled layer, last to first
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d"                    # the file's sha256 begins so
@@ -506,7 +507,7 @@ def _device(device):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()    # "meta" has no values
     except Exception as e:                      # unknown name, no such card, build without CUDA: one type each
         raise FidError(f"--device {device}: not usable here ({str(e).splitlines()[0]})") from None
     return device
@@ -656,7 +657,12 @@ def read_image(path):
     """
     from PIL import Image
     try:
-        with Image.open(path) as im:
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise ValueError("no regular file")
+        Image.init()
+        with Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN]) as im:
+            if Image.MAX_IMAGE_PIXELS and im.width * im.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{im.width}x{im.height} pixels, a decompression bomb?")
             if im.mode.startswith("I"):
                 v = np.asarray(im)
                 if v.min() < 0 or v.max() > 65535:
@@ -972,8 +978,13 @@ def _npz_name(path):
 
 def _fresh(path):
     path = Path(path)
-    if os.path.lexists(path):
+    try:
+        os.lstat(path)
         raise FidError(f"{path} exists and is not overwritten: delete it or choose another name")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as e:                        # a name that is too long is found out before the work, not after it
+        raise FidError(f"{path}: cannot be written ({e.strerror})") from None
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise FidError(f"{path}: there is no folder {path.parent} that can be written to")
     return path
@@ -1018,13 +1029,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _arguments(argv):
     p = _Parser(prog="fid.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    count = lambda low: lambda s: int(s) if s.isdigit() and int(s) >= low else (_ for _ in ()).throw(
-        argparse.ArgumentTypeError(f"{s!r} is no whole number of at least {low}"))
+    count = lambda low, high: lambda s: int(s) if re.fullmatch("[0-9]{1,9}", s) and low <= int(s) <= high else (_ for _ in ()).throw(
+        argparse.ArgumentTypeError(f"{s[:40]!r} is no whole number of at least {low} and at most {high}"))
     p.add_argument("real", metavar="REAL", help="folder of images, or an .npz file with mu and sigma")
     p.add_argument("fakes", metavar="FAKE", nargs="*", help="likewise; several give a table")
     p.add_argument("--dims", type=int, choices=DIMS, help="layer of the network (default 2048); readings of different dims do not compare")
-    p.add_argument("--batch-size", type=count(1), help="images per pass; on the CPU at most %d at once (default 50)" % PIECE)
-    p.add_argument("--workers", type=count(0), help="threads that decode images (default: min(8, CPUs))")
+    p.add_argument("--batch-size", type=count(1, 10 ** 6), help="images per pass; on the CPU at most %d at once (default 50)" % PIECE)
+    p.add_argument("--workers", type=count(0, 256), help="threads that decode images (default: min(8, CPUs))")
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     p.add_argument("--weights", help="Inception weights (default: $FID_WEIGHTS, torch.hub's folder, else downloaded)")
     p.add_argument("--precision", choices=PRECISIONS, help="arithmetic of the network (default fp32, the standard; others change FID a little)")
@@ -1040,6 +1051,10 @@ def _arguments(argv):
     p.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     p.add_argument("--save", metavar="NPZ", help="write mu and sigma of the one folder given; never overwrites")
     args = p.parse_intermixed_args([a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv])
+    for flag in ("real", "fakes", "device", "weights", "copies", "save"):
+        value = getattr(args, flag)
+        if value == "" or flag == "fakes" and "" in value:
+            raise FidError(f"{dict(real='REAL', fakes='FAKE').get(flag, '--' + flag)} is empty")
     if args.features == "random":
         for flag in ("dims", "weights", "resize", "precision", "save"):
             if getattr(args, flag) is not None:
@@ -1096,9 +1111,14 @@ def _side(path):
     return side
 
 
+def _one_line(text):
+    """Line breaks, terminal commands and what is no text in a file's name, spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def _say(*lines):
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        print(*map(_one_line, lines), sep="\n", file=sys.stderr, flush=True)
 
 
 def _compare(real, fake, args):
@@ -1391,7 +1411,7 @@ def main(argv=None):
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)                       # rank 0 speaks first; the launcher stops the others when it ends
         else:
-            print(f"fid.py: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+            print(f"fid.py: {_one_line(e)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -1400,7 +1420,7 @@ def main(argv=None):
         return 141
     except OSError as e:                        # stdout on a full disk, a folder that went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        print(f"fid.py: {e}", file=sys.stderr, flush=True)
+        print(f"fid.py: {_one_line(e)}", file=sys.stderr, flush=True)
         return 2
     finally:
         warnings.showwarning = shown

@@ -41,6 +41,7 @@ import socket
 import sys
 import time
 import uuid
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,7 +80,12 @@ QUICK = dict(image_size=32, ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5
 EMA = 0.999                     # of the generators; everything that is looked at or scored comes from the average
 IMAGE_TYPES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 CHUNK = 50                      # images per forward when sampling: fixed, so that an image does not depend on how many are asked for
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")     # whatever a file's name says; none that starts other programs
 FORMAT = "okd-gan 1"            # of checkpoint.pt
+# Least and most of each number, as bounds against slips: beyond them a run would die of memory, or never end, without a word.
+LIMITS = dict(groups=(1, 1000), steps=(1, 10 ** 12), batch_size=(1, 10 ** 6), n_critic=(1, 1000), image_size=(4, 4096), z_dim=(1, 10 ** 6),
+              log_every=(1, None), sample_every=(1, None), save_every=(1, None), fid_every=(1, None), rho=(0, None), g_lr=(0, None), d_lr=(0, None),
+              c_lr=(0, None), seed=(0, None), n_classes=(1, 10 ** 5), sample=(1, 10 ** 7), fid_samples=(4, 10 ** 7), nproc=(1, 1024), benchmark=(1, 10 ** 6))
 MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc", "cuda_graph"}    # on --resume
 PICTURES = {"curves": "curves.png", "interpolate": "interpolate.png", "attention_maps": "attention.png", "report": "report.html"}   # flag: file
 WARM_UP = 3                     # steps before a capture: cuDNN, cuBLAS, Triton and Adam make what they need at their first call
@@ -90,6 +96,11 @@ TIMEOUT = datetime.timedelta(minutes=10)    # after which a rank that waits for 
 
 class UserError(Exception):
     """What the user can mend: one line on stderr and exit status 2."""
+
+
+def one_line(text):
+    """Line breaks, terminal commands and what is no text in a file's name, spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 # ---------------------------------------------------------------------------------------------- randomness
@@ -156,7 +167,9 @@ class Script:
         sys.path.insert(0, str(self.path.parent))
         try:
             spec.loader.exec_module(module)
-        except (Exception, SystemExit) as e:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:                                  # SystemExit, or what the script invents
             raise UserError(f"{self.path} cannot be loaded: {where(e, self.path)}") from e
         finally:
             sys.path.remove(str(self.path.parent))
@@ -165,6 +178,8 @@ class Script:
         for name in ("Generator", "Discriminator"):
             if not inspect.isclass(getattr(module, name, None)):
                 raise UserError(f"{self.path} has no class {name}; a model script needs Generator and Discriminator")
+            if not issubclass(getattr(module, name), torch.nn.Module):
+                raise UserError(f"{self.path}: {name} is no torch.nn.Module")
         self.Generator, self.Discriminator = module.Generator, module.Discriminator
         self.discriminator_loss = getattr(module, "discriminator_loss", discriminator_loss)
         self.generator_loss = getattr(module, "generator_loss", generator_loss)
@@ -172,6 +187,9 @@ class Script:
         own = getattr(module, "hparams", {})
         if not isinstance(own, dict):
             raise UserError(f"{self.path}: hparams is a {type(own).__name__}; it must be a flat dict")
+        for name in ("discriminator_loss", "generator_loss", "connector_loss"):
+            if not callable(getattr(self, name)):
+                raise UserError(f"{self.path}: {name} is a {type(getattr(self, name)).__name__}; it must be a function")
         self.conditional = "n_classes" in own
         self.autocast = bool(getattr(module, "autocast", False))    # its losses are written for bf16 and keep the penalty out of it
         readers = [set(inspect.signature(f).parameters) for f in self.callables()]
@@ -180,6 +198,11 @@ class Script:
         for key, value in own.items():
             if not isinstance(key, str) or not key.isidentifier() or not isinstance(value, (bool, int, float, str)):
                 raise UserError(f"{self.path}: hparams[{key!r}] = {value!r}; keys are names, values bool, int, float or str")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{self.path}: hparams[{key!r}] = {value!r}; it must be finite")
+            kind = type(TRAINER_HPARAMS.get(key, 0 if key == "n_classes" else value))
+            if kind is int and type(value) is not int or kind is float and type(value) not in (int, float):
+                raise UserError(f"{self.path}: hparams[{key!r}] = {value!r}; it must be a {'whole ' if kind is int else ''}number")
             if key not in TRAINER_HPARAMS and key != "n_classes" and not any(key in r for r in readers):
                 raise UserError(f"{self.path}: hparams has {key!r}, but no constructor and no loss of the script names it")
             self.hparams[key] = float(value) if isinstance(TRAINER_HPARAMS.get(key), float) else value
@@ -193,7 +216,7 @@ def find_script(model):
     tried = [Path(model)] if model.endswith(".py") or os.sep in model else [
         Path(f"{model}.py"), Path(__file__).resolve().parent / f"{model}.py"]
     for path in tried:
-        if path.is_file():
+        if path.suffix == ".py" and path.is_file():
             return path.resolve()
     raise UserError(f"no model script {model!r}: looked for {' and '.join(map(str, tried))}")
 
@@ -201,7 +224,7 @@ def find_script(model):
 def where(error, path):
     """'file:line: Type: message' of the deepest frame of `error` inside the file `path`."""
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno}: SyntaxError: {error.msg}"
+        return f"{f'line {error.lineno}: ' if error.lineno else ''}SyntaxError: {error.msg}"
     line, tb = None, error.__traceback__
     while tb:
         if tb.tb_frame.f_code.co_filename == str(path):
@@ -223,7 +246,7 @@ def calling(script, what):
         yield
     except UserError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         text = where(e, script.path)
         if dist.is_initialized() and not text.startswith("line "):  # not the script's doing: another rank is gone
             raise
@@ -235,7 +258,8 @@ def list_images(folder):
     """All image files below `folder`, sorted, as (path, class or None); class = first folder below `folder`."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder")
+        raise UserError(f"--data {folder}: " + (f"{folder} is a file; a folder is needed" if folder.is_file() else
+                                                "this is no folder" if folder.exists() else "no such folder"))
     found = []
 
     def walk(place, above):
@@ -267,7 +291,12 @@ def list_images(folder):
 
 def decode(path, size):
     """Image file -> (uint8 (3, size, size), was it resized): RGB, centre square, antialiased; 16-bit is scaled to 8."""
-    with Image.open(path) as im:
+    if not os.path.isfile(path) and os.path.exists(path):           # a pipe would block for ever, a device may have no end
+        raise ValueError("no regular file")
+    Image.init()
+    with Image.open(path, formats=[f for f in IMAGE_FORMATS if f in Image.OPEN]) as im:
+        if Image.MAX_IMAGE_PIXELS and im.width * im.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{im.width}x{im.height} pixels, a decompression bomb?")
         im.load()
         if im.mode.startswith("I") or im.mode == "F":               # 16 bits, or floats: in [0, 1] or [0, 255]
             a = np.asarray(im, np.float32)
@@ -295,7 +324,11 @@ def load_images(folder, size, conditional, skip_bad, say):
         if len(classes) < 2:
             raise UserError(f"--data {folder}: one class folder only ({classes[0]}); a class-conditional model needs two or more")
 
-    images = np.empty((len(files), 3, size, size), np.uint8)
+    try:
+        images = np.empty((len(files), 3, size, size), np.uint8)
+    except MemoryError:
+        raise UserError(f"--data {folder}: {len(files)} images of {size}x{size} need {len(files) * 3 * size ** 2 / 2 ** 30:.0f} GB of memory; "
+                        "a smaller --image-size needs less") from None
 
     def one(k):
         try:
@@ -304,8 +337,10 @@ def load_images(folder, size, conditional, skip_bad, say):
         except Exception as e:
             return f"{files[k][0]} ({' '.join(str(e).split()) or type(e).__name__})"
 
+    results = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:   # Pillow decodes outside the interpreter's lock
-        results = list(pool.map(one, range(len(files))))
+        for k in range(0, len(files), 1000):                        # the pool's queue costs 2 kB an entry
+            results += pool.map(one, range(k, min(k + 1000, len(files))))
     bad = [r for r in results if isinstance(r, str)]
     labels = np.array([classes.index(c) if conditional else 0 for _, c in files], np.int64)
     if bad:
@@ -332,7 +367,9 @@ class Data:
 
     def __init__(self, images, labels, classes, s, device):
         self.images, self.labels, self.classes = images.to(device), labels.to(device), classes
-        self.digest = hashlib.blake2b(images.numpy().tobytes() + labels.numpy().tobytes(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(images.numpy(), digest_size=16)    # no copy of what may be gigabytes
+        digest.update(labels.numpy())
+        self.digest = digest.hexdigest()
         self.s, self.orders = s, {}
 
     def indices(self, batch, group):
@@ -1537,7 +1574,7 @@ def parse(argv):
     saved = {}
     if early.model is None and early.out and (early.resume or exports(early) or asked(early)) and (Path(early.out) / "args.json").exists():
         saved = read_args(Path(early.out))
-    script = Script(early.model or saved.get("model") or "sagan")
+    script = Script(early.model if early.model is not None else saved.get("model", "sagan"))
 
     p = Parser(prog="okd_train.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     trainer_flags(p)
@@ -1546,11 +1583,12 @@ def parse(argv):
     for key, value in script.hparams.items():
         if key in own:
             raise UserError(f"{script.path}: hparams has {key!r}, which clashes with the trainer's own flag --{key.replace('_', '-')}")
-        flag = "--" + key.replace("_", "-")
-        if isinstance(value, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=value, help=f"(default {value})")
-        else:
-            group.add_argument(flag, type=type(value), default=value, metavar=type(value).__name__.upper(), help=f"(default {value})")
+        flag, text = "--" + key.replace("_", "-"), f"(default {value})".replace("%", "%%")
+        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else dict(type=type(value), metavar=type(value).__name__.upper()))
+        try:
+            group.add_argument(flag, default=value, help=text, **kind)
+        except argparse.ArgumentError as e:                         # x=True brings --no-x too
+            raise UserError(f"{script.path}: hparams has {key!r}, whose flag {' '.join(e.message.split())}") from None
     s = p.parse_args(argv)
     for action in p._actions:                                       # a second pass without defaults tells what was named
         action.default = argparse.SUPPRESS
@@ -1567,7 +1605,7 @@ def read_args(out):
     try:
         saved = json.loads((out / "args.json").read_text())
         return dict(saved, **saved["settings"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{out} is not a run: it has no args.json") from None
     except (ValueError, KeyError, TypeError, OSError) as e:
         raise UserError(f"{out / 'args.json'} cannot be read: {e}") from e
@@ -1611,18 +1649,28 @@ def settle(s, script, named):
                 changed[key] = value
     if "steps" in named and "epochs" in named:
         raise UserError("--steps and --epochs both say how long; give one")
-    for key, low in dict(groups=1, steps=1, batch_size=1, n_critic=1, image_size=4, z_dim=1, log_every=1, sample_every=1, save_every=1,
-                         rho=0, g_lr=0, d_lr=0, c_lr=0, seed=0, n_classes=1, sample=1, benchmark=1, nproc=1, fid_every=1, fid_samples=4, interpolate=2).items():
+    for key, value in vars(s).items():
+        if value == "":
+            raise UserError(f"--{key.replace('_', '-')} is empty")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"--{key.replace('_', '-')} {value} holds a null character")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{key.replace('_', '-')} is {value}; it must be finite")
+    for key, (low, high) in LIMITS.items():
         value = getattr(s, key, None)
-        if value is not None and not (value >= low and math.isfinite(value)):
+        if value is not None and not value >= low:
             raise UserError(f"--{key.replace('_', '-')} is {value}; it must be {low} or more")
+        if value is not None and high is not None and value > high:
+            raise UserError(f"--{key.replace('_', '-')} is {value}; it must be at most {high}")
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(s, key) < 1:
             raise UserError(f"--{key} is {getattr(s, key)}; it must be in [0, 1)")
     for key in ("epochs", "max_seconds"):
         value = getattr(s, key)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{key.replace('_', '-')} is {value}; it must be above 0")
+        if value is not None and not 0 < value <= LIMITS["steps"][1]:
+            raise UserError(f"--{key.replace('_', '-')} is {value}; it must be above 0" + (f" and at most {LIMITS['steps'][1]:.0e}" if value > 0 else ""))
+    if s.nproc and s.nproc > s.groups * s.batch_size:
+        raise UserError(f"--nproc is {s.nproc}: {s.groups} groups with batches of {s.batch_size} keep at most {s.groups * s.batch_size} processes busy; use fewer")
     return changed
 
 
@@ -1634,7 +1682,7 @@ def pick_device(name):
             if device.index is None:                                # the second machine's rank 8 has local rank 0
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
             torch.cuda.set_device(device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()                        # "meta" has no values
         return device
     except Exception as e:
         raise UserError(f"--device {name} cannot be used here: {' '.join(str(e).split())[:120]}") from e
@@ -2861,6 +2909,9 @@ def launch(n, argv, device, hint):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")           # file names need not be text
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)       # decode() refuses what this warns of
     try:
         s, script, named = parse(argv)
         changed = settle(s, script, named)
@@ -2877,11 +2928,14 @@ def main(argv=None):
             pictures(s, script)
         else:
             train(s, script, named, changed)
-    except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"okd_train.py: error: {e}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as e:                               # OSError: stdout on a full disk or closed, a name that is too long
+        if os.environ.get("RANK", "0") == "0":
+            print(f"okd_train.py: error: {one_line(e)}", file=sys.stderr, flush=True)
         elif not dist.is_initialized():                             # the launcher ends rank 0, too, as soon as we end: let it speak first
             time.sleep(3)
+        if isinstance(e, OSError):
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
         raise SystemExit(2) from None
     except RuntimeError as e:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:

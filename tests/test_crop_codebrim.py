@@ -858,49 +858,6 @@ def test_the_last_step_is_one_renaming(bridge, tmp_path, monkeypatch):
     assert seen == [7] and [p.name for p in tmp_path.iterdir()] == ["original_dataset"]      # five crops and two tables were complete
 
 
-@pytest.mark.parametrize("args, words", [
-    (["SRC"], "two folders are needed"),
-    ([], "two folders are needed"),
-    (["nowhere", "OUT"], "no such folder"),
-    (["data.zip", "OUT"], "unpack it first"),
-    (["EMPTY", "OUT"], "no .xml files"),
-    (["SRC", "FULL"], "exists already"),
-    (["SRC", "SRC/crops"], "never written to"),
-    (["SRC", "SRC"], "never written to"),
-    (["SRC", "OUT", "--sheet", "SRC/sheet.png"], "never written to"),
-    (["SRC", "OUT", "--sheet", "OUT/sheet.png"], "must lie outside"),
-    (["SRC", "OUT", "--sheet", "sheet.xyz"], "must end in"),
-    (["SRC", "OUT", "--sheet", "no/such/sheet.png"], "does not exist"),
-    (["SRC", "OUT", "--n", "100000000"], "distinct ones exist"),
-    (["SRC", "OUT", "--n", "-1"], "at least 0"),
-    (["SRC", "OUT", "--n", "many"], "invalid"),
-    (["SRC", "OUT", "--n", "0"], "leaves nothing"),
-    (["SRC", "OUT", "--size", "2"], "at least 8"),
-    (["SRC", "OUT", "--size", "250"], "0 exist"),
-    (["SRC", "OUT", "--workers", "0"], "at least 1"),
-    (["SRC", "OUT", "--window", "whole"], "invalid choice"),
-    (["SRC", "OUT", "--split", "train=0.8,test=0.1"], "add up to 0.9"),
-    (["SRC", "OUT", "--split", "train=0.8,train=0.2"], "every name once"),
-    (["SRC", "OUT", "--split", "../x=1"], "expected train"),
-    (["SRC", "OUT", "--split", "train=x"], "must be a number"),
-    (["SRC", "OUT", "--split", "train=nan"], "must be a number"),
-    (["SRC", "OUT", "--photos", "3"], "belongs to --demo"),
-    (["SRC", "OUT", "--demo", "d"], "crops nothing"),
-    (["--demo", "FULL"], "exists already"),
-    (["--demo", "d", "--sheet", "s.png"], "--sheet has no meaning with --demo"),
-    (["SRC", "OUT", "--wind", "box"], "unrecognized"),
-])
-def test_what_the_user_can_mend_is_one_line(bridge, tmp_path, args, words):
-    (tmp_path / "EMPTY").mkdir()
-    (tmp_path / "FULL").mkdir()
-    (tmp_path / "FULL/x").write_text("mine")
-    (tmp_path / "data.zip").write_bytes(b"PK")
-    done = run(*[a.replace("SRC", "original_dataset") for a in args], code=2, cwd=tmp_path)
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("crop_codebrim.py: ") and words in done.stderr, done.stderr
-    assert done.stdout == "" and not (tmp_path / "OUT").exists() and (tmp_path / "FULL/x").read_text() == "mine"
-    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".partial")]
-
-
 def test_all_broken_is_one_line(tmp_path):
     add(tmp_path / "d", "a", [(1, 1, 90, 90, "Crack")], suffix=".jpg").write_bytes(b"")
     done = run(tmp_path / "d", tmp_path / "crops", "--n", 5, code=2)

@@ -981,35 +981,6 @@ def test_bad_statistics_files(fails, tmp_path, monkeypatch, kind, words):
     assert not (tmp_path / "executed").exists()
 
 
-def test_mistakes_in_the_arguments(fails, folders, tmp_path):
-    real, g1 = folders / "real", folders / "G1"
-    (tmp_path / "empty/sub").mkdir(parents=True)
-    (tmp_path / "empty/readme.txt").write_text("x")
-    one = write(tmp_path / "one", pictures(1))
-    five = write(tmp_path / "five", pictures(5))
-    picture = one / "000.png"
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    for argv, words in [
-            ((tmp_path / "none", g1), ["none", "no such"]), ((real, tmp_path / "none"), ["none", "no such"]), ((real, tmp_path / "none.npz"), ["no such"]),
-            ((tmp_path / "dangling", g1), ["dangling"]), ((picture, g1), ["000.png", "neither"]), ((tmp_path / "empty", g1), ["no images", "webp", "1 other"]),
-            ((one, g1), ["at least 2", "000.png"]), ((real, one), ["at least 2"]), ((real,), ["FAKE"]), ((), ["REAL"]),
-            ((real, g1, "--dims", "100"), ["--dims"]), ((real, g1, "--batch-size", "0"), ["--batch-size"]), ((real, g1, "--batch-size", "x"), ["--batch-size"]),
-            ((real, g1, "--workers", "-1"), ["--workers"]), ((real, g1, "--resize", "nearest"), ["--resize"]), ((real, g1, "--nonsense"), ["--nonsense"]),
-            ((real, g1, "--device", "abacus"), ["abacus"]), ((real, g1, "--precision", "tf32"), ["tf32"]), ((real, g1, "--weights", tmp_path / "w"), ["--weights"]),
-            ((real, g1, "--weights", tmp_path), ["--weights"]), ((real, g1, "--features", "random", "--dims", "64"), ["--dims"]),
-            ((real, g1, "--features", "random", "--resize", "clean"), ["--resize"]), ((real, g1, "--save", tmp_path / "s.npz"), ["--save"]),
-            ((real, "--kid"), ["FAKE"]), ((five, g1, "--prdc"), ["five", "--prdc"]), ((real, five, "--prdc"), ["five"]),
-            ((five, g1, "--prdc", "--floor"), ["five"]), ((five, g1, "--kid", "--floor"), ["five"])]:
-        if not any(a in ("--device", "--precision", "--weights") for a in argv):
-            fails(*argv, words=words, weigh="--features" not in argv and "--dims" not in argv)
-        else:
-            fails(*argv, *([] if "--weights" in argv else ["--weights", "random.pth"]), weigh=False,
-                  words=words if "--weights" in argv else ["--weights"])
-    if os.geteuid():
-        (tmp_path / "locked").mkdir(mode=0)
-        fails(tmp_path / "locked", g1, words=["locked", "cannot be read"])
-
-
 def test_devices_that_are_not_there(fails, folders, weights):
     for argv, words in ((["--device", "abacus"], ["abacus"]), (["--device", "cpu", "--precision", "tf32"], ["CUDA"])):
         fails(folders / "real", folders / "G1", "--weights", weights, *argv, weigh=False, words=words)
