@@ -28,6 +28,7 @@ import datetime
 import functools
 import hashlib
 import html
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -35,10 +36,13 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -59,6 +63,12 @@ try:
     from kernels.convolution import fast_second_derivative
 except ImportError:                                                 # this file was copied alone
     fast_second_derivative = None
+
+try:
+    import fcntl
+    import resource
+except ImportError:             # Windows: runs are not locked there
+    fcntl = resource = None
 
 # ---------------------------------------------------------------------------------------------- settings
 # What the trainer knows by itself. A model script's hparams may bring other defaults for these, and further keys.
@@ -85,7 +95,10 @@ FORMAT = "okd-gan 1"            # of checkpoint.pt
 # Least and most of each number, as bounds against slips: beyond them a run would die of memory, or never end, without a word.
 LIMITS = dict(groups=(1, 1000), steps=(1, 10 ** 12), batch_size=(1, 10 ** 6), n_critic=(1, 1000), image_size=(4, 4096), z_dim=(1, 10 ** 6),
               log_every=(1, None), sample_every=(1, None), save_every=(1, None), fid_every=(1, None), rho=(0, None), g_lr=(0, None), d_lr=(0, None),
-              c_lr=(0, None), seed=(0, None), n_classes=(1, 10 ** 5), sample=(1, 10 ** 7), fid_samples=(4, 10 ** 7), nproc=(1, 1024), benchmark=(1, 10 ** 6))
+              c_lr=(0, None), seed=(0, None), n_classes=(1, 10 ** 5), sample=(1, 10 ** 7), fid_samples=(4, 10 ** 7), nproc=(1, 1024), benchmark=(1, 10 ** 6),
+              interpolate=(2, 10 ** 5))
+NONE_BY_DEFAULT = dict(data=str, epochs=float, max_seconds=float, device=str, fid_every=int, fid_samples=int, fid_data=str,
+                       precision=str)                                # flags without a default
 MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc", "cuda_graph"}    # on --resume
 PICTURES = {"curves": "curves.png", "interpolate": "interpolate.png", "attention_maps": "attention.png", "report": "report.html"}   # flag: file
 WARM_UP = 3                     # steps before a capture: cuDNN, cuBLAS, Triton and Adam make what they need at their first call
@@ -1399,6 +1412,9 @@ def save_generator(trainer, i, state_dict, path):
 def load_file(path):
     """torch.load of tensors and plain values only: nothing in the file is executed."""
     try:
+        with zipfile.ZipFile(path) as z:                            # torch.save packs nothing: what is packed may be a bomb
+            if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()):
+                raise ValueError("compressed")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -1414,10 +1430,13 @@ def load_generator(path, device="cpu", model=None):
     d = load_file(path)
     if not isinstance(d, dict) or not {"model", "kwargs", "state_dict"} <= d.keys():
         raise UserError(f"{path} is not a generator written by okd_train.py")
-    G = Script(model or d["model"]).Generator(**d["kwargs"])
+    script = Script(str(model or d["model"]))
     try:
+        G = script.Generator(**d["kwargs"])
         G.load_state_dict(d["state_dict"])
-    except RuntimeError as e:
+        if not all(v.isfinite().all() for v in d["state_dict"].values()):
+            raise ValueError("its numbers are not finite")
+    except Exception as e:                                          # a constructor may raise anything at arguments that are none
         raise UserError(f"{path} does not fit {model or d['model']}: {' '.join(str(e).split())[:200]}") from e
     return G.eval().requires_grad_(False).to(device)
 
@@ -1427,9 +1446,34 @@ def read_checkpoint(path, n_groups):
     state = load_file(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT or not {"step", "groups"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of okd_train.py ({FORMAT})")
+    if type(state["step"]) is not int or not 0 < state["step"] <= LIMITS["steps"][1] or not isinstance(state["groups"], list):
+        raise UserError(f"{path} is damaged: its step or groups make no sense")
     if len(state["groups"]) != n_groups:
         raise UserError(f"{path} holds {len(state['groups'])} groups, not {n_groups}")
     return state
+
+
+def check_state(trainer, states):
+    """Raise ValueError unless states {i: group state} hold exactly the tensors that these groups have, by name, shape and type, all finite.
+
+    torch copies a float64 into a float32 and a NaN into anything, and looks at Adam's sums only in the next step.
+    """
+    def compare(place, saved, want):
+        if saved.keys() != want.keys():
+            raise ValueError(f"{place} has other names: {sorted(map(str, saved.keys() ^ want.keys()))[0]}")
+        for k, w in want.items():
+            if not isinstance(saved[k], torch.Tensor) or saved[k].shape != w.shape or saved[k].dtype != w.dtype or saved[k].layout != torch.strided:
+                raise ValueError(f"{place} {k} is no {str(w.dtype).split('.')[-1]} tensor {tuple(w.shape)}")
+            if w.is_floating_point() and not saved[k].isfinite().all():
+                raise ValueError(f"{place} {k} is not finite")
+
+    for g in trainer.groups:
+        saved = states[g.i]
+        compare(f"group {g.i} average", saved["ema"], g.ema.state_dict())
+        for role, n in g.nets.items():
+            compare(f"group {g.i} {role}", saved[role]["net"], n.net.state_dict())
+            for k, sums in saved[role]["opt"].items():
+                compare(f"group {g.i} {role} optimiser {k}", sums, dict(step=torch.zeros(()), exp_avg=n.params[k], exp_avg_sq=n.params[k]))
 
 
 def cut_log(path, step, log_every):
@@ -1438,12 +1482,66 @@ def cut_log(path, step, log_every):
         return
     kept = []
     for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             at = json.loads(line)["step"]
-            if at <= step and at % log_every == 0:
+            if at <= step and at % max(1, log_every) == 0:
                 kept.append(line + b"\n")
     with replacing(path) as f:
         f.write(b"".join(kept))
+
+
+# ---------------------------------------------------------------------------------------------- one run, one trainer
+class Lock:
+    """Keeps a second training out of a run folder: flock on OUT/.lock, which the kernel frees however the process ends.
+
+    take() makes the folder. Leaving the `with` removes the file, and the folder if nothing else came into it; what kill -9 leaves of the
+    file holds nobody up. The file says who holds it. Where locks do not work (NFS without its service) take() says so and goes on.
+    """
+
+    def __init__(self, out):
+        self.path, self.fd, self.made = Path(out) / ".lock", None, []
+
+    def __enter__(self):
+        return self
+
+    def take(self, say):
+        out = self.path.parent
+        with writing(out):
+            self.made = [p for p in (out, *out.parents) if not p.exists()]
+            out.mkdir(parents=True, exist_ok=True)
+        while fcntl and self.fd is None:
+            with writing(self.path):
+                self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(self.fd, 200).decode(errors="replace").strip() or "another process"
+                self.drop()
+                raise UserError(f"{out} is being trained by {holder}: wait for it, stop it, or name another folder with --out") from None
+            except OSError as e:
+                self.drop()
+                say(f"Note: {out} cannot be locked ({e.strerror}); see to it that no second run uses it.")
+                return
+            with contextlib.suppress(OSError):
+                if os.stat(self.path).st_ino == os.fstat(self.fd).st_ino:
+                    with writing(self.path):
+                        os.ftruncate(self.fd, 0)
+                        os.write(self.fd, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                    return
+            self.drop()                                             # its last holder removed the file between our open and our lock
+
+    def drop(self):
+        os.close(self.fd)
+        self.fd = None
+
+    def __exit__(self, *exc):
+        if self.fd is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            self.drop()
+        for folder in self.made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 # ---------------------------------------------------------------------------------------------- scores during training
@@ -1505,7 +1603,7 @@ class Scores:
         line = {"step": trainer.step_count, "score": self.name, "samples": self.n, "reals": len(real), **score,
                 "mean": sum(score.values()) / len(score), "union": float(self.distance(real, np.concatenate(list(fakes.values())))), "floor": floor}
         for i in fakes:
-            if all(line[f"G{i}"] < old[f"G{i}"] for old in score_lines(out)):
+            if all(line[f"G{i}"] < old[f"G{i}"] for old in score_lines(out, s.groups)):
                 save_generator(trainer, i, states[i], out / f"G{i}.best.pt")
         with writing(out / "fid.jsonl"), open(out / "fid.jsonl", "ab") as f:
             f.write(json.dumps(line).encode() + b"\n")
@@ -1513,9 +1611,15 @@ class Scores:
         return line
 
 
-def score_lines(out):
-    path = out / "fid.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def score_lines(out, groups=1):
+    """The lines of fid.jsonl as dicts; what is none with a score of each group (half a line, garbage) is passed over."""
+    path, lines = out / "fid.jsonl", []
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            line = json.loads(text)
+            if type(line["step"]) is int and all(isinstance(line[f"G{i}"], (int, float)) for i in range(1, groups + 1)):
+                lines.append(line)
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -1548,6 +1652,7 @@ def trainer_flags(p):
     p.add_argument("--fid-samples", type=int, metavar="N", help="fakes per group and score (default 2000 on the CPU, 10000 on CUDA)")
     p.add_argument("--fid-data", metavar="DIR", help="held-out images to score against (default: the training images)")
     p.add_argument("--fid-features", choices=("inception", "random"), default="inception", help="random: rFD, needs no weights (default inception)")
+    p.add_argument("--check", action="store_true", help="do not train: say within a minute whether this machine is ready for the run, and what is missing")
     p.add_argument("--benchmark", type=int, nargs="?", const=10, metavar="STEPS", help="do not train: time a step of these settings on this machine, by phase, and count it (default 10 steps)")
     p.add_argument("--json", action="store_true", help="with --benchmark: one JSON object in place of the table")
     p.add_argument("--sample", type=int, metavar="N", help="do not train: write N images per group of the run in --out, with manifest.csv; a stopped export "
@@ -1602,13 +1707,34 @@ def asked(s):
 
 
 def read_args(out):
+    """args.json -> its dict with the settings beside the rest; UserError if it is not what save_args writes."""
     try:
         saved = json.loads((out / "args.json").read_text())
-        return dict(saved, **saved["settings"])
+        for key, kind in dict(model=str, script=str, classes=list, images=int, data_digest=str, settings=dict).items():
+            if type(saved.get(key)) is not kind:
+                raise ValueError(f"{key} is missing or not a {kind.__name__}")
+        if not all(isinstance(c, str) and c and c == Path(c).name and c != ".." for c in saved["classes"]):
+            raise ValueError("classes are no names of folders")     # --sample makes folders of these names
+        if not isinstance(saved.setdefault("agents", []), list):
+            raise ValueError("agents is not a list")
+        return {**saved["settings"], **saved}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{out} is not a run: it has no args.json") from None
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except (ValueError, AttributeError, RecursionError, OSError) as e:
         raise UserError(f"{out / 'args.json'} cannot be read: {e}") from e
+
+
+def check_settings(saved, s, script, path):
+    """Refuse settings of args.json that this program cannot have written: edited by hand, or by another version of the script."""
+    for key in script.hparams.keys() | {"groups", "seed", "flip"}:
+        if key not in saved:
+            raise UserError(f"{path}: settings lack {key!r}; put it back, or start another run with --out")
+    for key, value in saved.items():
+        if not hasattr(s, key):
+            raise UserError(f"{path}: settings hold {key!r}, which {script.name} has no flag for; take it out, or start another run with --out")
+        kind = NONE_BY_DEFAULT.get(key) or type(getattr(s, key))
+        if not (type(value) is kind or kind is float and type(value) is int or value is None and key in NONE_BY_DEFAULT):
+            raise UserError(f"{path}: {key!r} is {json.dumps(value)[:60]}; it must be a {kind.__name__}")
 
 
 def settle(s, script, named):
@@ -1629,10 +1755,11 @@ def settle(s, script, named):
         saved = read_args(Path(s.out))
         if "model" in named and Path(saved["script"]).stem != script.name:
             raise UserError(f"{s.out} was trained with {saved['model']}, not with {script.name}")
+        check_settings(saved["settings"], s, script, Path(s.out) / "args.json")
+        if script.conditional and saved["settings"]["n_classes"] != len(saved["classes"]):
+            raise UserError(f"{Path(s.out) / 'args.json'}: n_classes is {saved['settings']['n_classes']}, but {len(saved['classes'])} classes are named")
         clash = []
         for key, old in saved["settings"].items():
-            if not hasattr(s, key):
-                continue
             same = getattr(s, key) == old or (key == "data" and s.data and old and Path(s.data).resolve() == Path(old).resolve())
             if key in named and not same and key not in MAY_CHANGE:
                 clash.append(f"--{key.replace('_', '-')} is {old} there and {getattr(s, key)} here")
@@ -1821,13 +1948,14 @@ def begin_run(s, script, trainer, out, agents):
             cut_log(out / "fid.jsonl", trainer.step_count, read_args(out).get("fid_every") or 1)
         else:
             (out / "log.jsonl").write_bytes(b"")
+            (out / "fid.jsonl").unlink(missing_ok=True)             # of a run whose other files were deleted
     save_args(s, script, trainer.data, out, agents)
     real_grid(trainer, out / "samples" / "real.png")
 
 
 def save_args(s, script, data, out, agents):
     """args.json: every setting, and what they were used on."""
-    settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "per_class", "group", "to", "npz", "benchmark", "json", "out", "model", "nproc", *PICTURES)}
+    settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "check", "per_class", "group", "to", "npz", "benchmark", "json", "out", "model", "nproc", *PICTURES)}
     save_json({"model": s.model, "script": str(script.path), "classes": data.classes, "images": len(data.images), "data_digest": data.digest,
                "script_digest": hashlib.blake2b(script.path.read_bytes(), digest_size=16).hexdigest(),
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
@@ -1844,7 +1972,7 @@ def git_revision():
         return None
 
 
-def train(s, script, named, changed):
+def train(s, script, named, changed, lock):
     keep_freed_memory()
     device = pick_device(s.device)
     set_precision(s, device)
@@ -1870,14 +1998,17 @@ def train(s, script, named, changed):
     saved, agents = None, ranks.everyone(agent())
     with ranks.together():
         if ranks.rank == 0:
+            if not s.resume or out.exists():                        # there is nothing to go on with
+                lock.take(say)
             saved = open_run(s, data, out, agents)
     states = ranks.hand_out([saved and ({i: saved["groups"][i - 1] for i, owners in ranks.owners.items() if r in owners}, saved["step"])
                              for r in range(ranks.world)])
     with ranks.together():
         if states:
             try:
+                check_state(trainer, states[0])
                 trainer.load_state(*states)
-            except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
+            except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as e:
                 raise UserError(f"{out / 'checkpoint.pt'} does not fit these networks: {' '.join(str(e).split())[:200]}") from e
     if trainer.step_count >= s.steps:
         say(f"Nothing to do: {out} is at step {trainer.step_count} of {s.steps}; raise --steps to train on.")
@@ -2055,7 +2186,7 @@ def loop(trainer, s, out, say, scores=None):
         progress.say(f"--max-seconds reached at step {step} of {s.steps}; saved in {out}. --resume goes on.")
     else:
         if scores and scored:
-            best = min((line[f"G{i}"], i, line["step"]) for line in score_lines(out) for i in range(1, s.groups + 1))
+            best = min((line[f"G{i}"], i, line["step"]) for line in score_lines(out, s.groups) for i in range(1, s.groups + 1))
             progress.say(f"Best: group {best[1]} at step {best[2]} with {scores.name} {best[0]:.2f} (floor {scored['floor']:.2f}), in {out / f'G{best[1]}.best.pt'}.")
         progress.say(f"Done: {step} steps, {span(time.monotonic() - begin)}. Look at {out / 'samples'}/; "
                      f"python okd_train.py --out {out} --sample 1000 writes images, --report a page.")
@@ -2864,6 +2995,247 @@ at the better of the two a step would take {flops / max(matmul, convolutions) * 
 The paper's 50,000 steps take {span(50000 * seconds)}.""")
 
 
+# ---------------------------------------------------------------------------------------------- --check
+# Each check yields (state, what, detail): ok, note (works, but know it) or FAIL (training as asked would stop).
+PAIR = """
+import sys, torch, torch.distributed as dist
+dist.init_process_group(sys.argv[1])
+x = torch.ones(1000, device=f"cuda:{dist.get_rank()}" if sys.argv[1] == "nccl" else "cpu")
+dist.all_reduce(x)
+assert x.sum().item() == 1000 * dist.get_world_size()
+dist.destroy_process_group()
+"""
+
+
+def check_packages(s, script, device, folder):
+    numbers = lambda text: [int(k) for k in re.findall(r"\d+", text)[:3]]
+    old = sys.version_info < (3, 10)
+    yield "FAIL" if old else "ok", "python", sys.version.split()[0] + (" (torch needs 3.10 or newer)" if old else "")
+    file = Path(__file__).resolve().with_name("requirements.txt")
+    if not file.exists():
+        yield "note", "packages", f"torch {torch.__version__}, numpy {np.__version__}; requirements.txt is not beside okd_train.py, so versions were not compared"
+        return
+    fine = []
+    for name, low, high, where_ in re.findall(r"^(\w+)>=([\d.]+)(?:,<([\d.]+))?(.*)", file.read_text(), re.M):
+        idle = {"scipy": "fid.py is slower without it", "pytest": "only the tests need it", "triton": "attention on a GPU is eager without it"}.get(name)
+        if "Linux" in where_ and sys.platform != "linux":
+            continue
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield "note" if idle else "FAIL", name, f"not installed; {idle or 'needed'} (pip install -r requirements.txt)"
+            continue
+        if numbers(found) < numbers(low):
+            yield "note" if idle else "FAIL", name, f"{found} is older than {low} (pip install -r requirements.txt)"
+        elif high and numbers(found) >= numbers(high):
+            yield "note", name, f"{found} is newer than what was tested, below {high}"
+        else:
+            fine.append(f"{name} {found}")
+    yield "ok", "packages", ", ".join(fine)
+
+
+def check_devices(s, script, device, folder):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    with contextlib.suppress(OSError, ValueError):                  # a container may allow less than the machine has
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    many = lambda n, what: f"{n} {what}{'s'[:n - 1]}"
+    yield "ok", "cpu", f"{many(cores(), 'core')}, {many(torch.get_num_threads(), 'thread')}" + (f", {memory / 2 ** 30:.1f} GB of memory" if memory else "")
+    for k in range(torch.cuda.device_count()):
+        d = torch.cuda.get_device_properties(k)
+        yield "ok" if d.major >= 8 else "note", f"cuda:{k}", (f"{d.name}, {d.total_memory / 2 ** 30:.1f} GB, compute capability {d.major}.{d.minor}"
+                                                             + ("" if d.major >= 8 else "; attention is eager below 8.0"))
+    yield "ok" if device.type == "cuda" else "note", "device", f"{device}" + ("" if device.type == "cuda" else "; at full size a step takes seconds there, --quick is for it")
+
+
+def check_attention(s, script, device, folder):
+    try:
+        from kernels.attention import _refusal, self_attention
+    except ImportError as e:
+        yield "note", "attention", f"kernels/ cannot be imported ({e}); sagan.py takes its own two lines"
+        return
+    r = np.random.default_rng(0)
+    q, k, v = (torch.from_numpy(r.standard_normal((2, c, 1024))) for c in (8, 8, 64))
+
+    def derivatives(f, device, dtype):
+        x = [a.to(device, dtype).requires_grad_() for a in (q, k, v)]
+        o = f(*x)
+        first = torch.autograd.grad(o.square().sum(), x, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), x)
+        return [a.detach().double().cpu() for a in (o, *first, *second)]
+    why = _refusal(q.to(device, torch.float32)) if device.type == "cuda" else "no GPU is used"
+    exact = derivatives(lambda q, k, v: (torch.softmax(q.transpose(1, 2) @ k, -1) @ v.transpose(1, 2)).transpose(1, 2), "cpu", torch.float64)
+    ours = derivatives(functools.partial(self_attention, impl="eager" if why else "triton"), device, torch.float32)
+    error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, exact))
+    bad = not error < 1e-3                                          # float32 has 1e-6 here; a wrong derivative is off by 1
+    yield "FAIL" if bad else "note" if why and device.type == "cuda" else "ok", "attention", (
+        f"{f'eager ({why})' if why else 'triton'}; forward, backward and double backward differ from float64 by {error:.1e}"
+        + ("; the kernels are wrong on this device: delete kernels/ and sagan.py takes its own two lines" if bad else ""))
+
+
+def check_processes(s, script, device, folder):
+    for backend in ["gloo"] + ["nccl"] * (torch.cuda.is_available() and dist.is_nccl_available()):
+        n = 2 if backend == "gloo" else min(2, torch.cuda.device_count())
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(n))
+        started = [subprocess.Popen([sys.executable, "-c", PAIR, backend], env=dict(env, RANK=str(r)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                   for r in range(n)]
+        try:
+            said = [p.communicate(timeout=30)[1] for p in started]
+        except subprocess.TimeoutExpired:
+            said = ["no answer within 30 s"]
+        finally:
+            for p in started:
+                p.kill()
+                p.wait()
+        bad = any(p.returncode for p in started)
+        yield "FAIL" if bad and (s.nproc or torch.cuda.device_count()) > 1 else "note" if bad else "ok", backend, (
+            f"{n} process{'es'[:2 * n - 2]} on this machine " + (f"failed: {next(x for x in said if x).strip().splitlines()[-1][:200]}; train with --nproc 1" if bad else "add up"))
+
+
+def check_weights(s, script, device, folder):
+    import fid
+    try:
+        yield "ok", "FID weights", str(fid.find_weights(download=False))
+    except fid.FidError as e:
+        yield "note", "FID weights", f"{e}; --fid-features random needs none"
+
+
+def check_data(s, script, device, folder):
+    """Opens the images for at most 15 s; yields, and leaves their number in s.images."""
+    s.images = 500
+    if not s.data:
+        yield "note", "data", "no --data: 500 synthetic images, drawn by crop_codebrim.py; good for a first look only"
+        return
+    files, begin, bad, small, done = list_images(s.data), time.monotonic(), [], 0, 0
+    classes = sorted({c for _, c in files if c})
+    if script.conditional and (len(classes) < 2 or any(c is None for _, c in files)):
+        yield "FAIL", "data", f"{s.data}: {script.name} needs every image in one of two or more class folders; there are {len(classes)}"
+
+    def one(path):
+        try:
+            decode(path, s.image_size)
+            with Image.open(path) as im:
+                return min(im.size) < s.image_size
+        except Exception:
+            return path
+    with ThreadPoolExecutor(min(8, cores())) as pool:
+        while done < len(files) and time.monotonic() - begin < 15:
+            for r in pool.map(one, [p for p, _ in files[done:done + 200]]):
+                done, small = done + 1, small + (r is True)
+                if isinstance(r, Path):
+                    bad.append(r)
+    s.images = len(files) - len(bad) * s.skip_bad
+    text = f"{len(files)} images of {s.data}" + (f" in {len(classes)} class{'es'[:2 * len(classes) - 2]}" if classes else "")
+    text += f", {s.images * 3 * s.image_size ** 2 / 2 ** 20:.0f} MB at {s.image_size}x{s.image_size}"
+    if done < len(files):
+        text += f"; only {done} were opened, within 15 s"
+    yield "ok" if done == len(files) else "note", "data", text
+    if bad:
+        yield "note" if s.skip_bad else "FAIL", "data", f"{len(bad)} unreadable, such as {', '.join(map(str, bad[:3]))}" + ("" if s.skip_bad else " (mend or remove them, or --skip-bad)")
+    if small:
+        yield "note", "data", f"{small} images have a side below {s.image_size} and are enlarged"
+    if s.images < s.batch_size:
+        yield "FAIL", "data", f"{s.images} images are fewer than one batch (--batch-size {s.batch_size})"
+
+
+def check_cycle(s, script, device, folder):
+    """Train, save, resume and sample for real, with at most two groups and random images; the sizes of what was written go to s.sizes."""
+    t = argparse.Namespace(**{**vars(s), "groups": min(s.groups, 2), "data": str(folder / "data"), "epochs": None, "max_seconds": None, "fid_every": None,
+                              "nproc": None, "resume": False, "log_every": 1, "sample_every": 10 ** 9, "save_every": 10 ** 9, "device": str(device)})
+    r = np.random.default_rng(0)
+    for k in range(max(t.batch_size, 20)):
+        place = folder / "data" / "ab"[k % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(r.integers(0, 256, (t.image_size, t.image_size, 3), dtype=np.uint8)).save(place / f"{k}.png", compress_level=0)
+
+    def go(out, steps, resume=False):
+        t.out, t.steps, t.resume = str(folder / out), steps, resume
+        with contextlib.redirect_stdout(io.StringIO()), Lock(t.out) as lock:
+            train(t, script, set(), {}, lock)
+        return load_file(folder / out / "checkpoint.pt")
+    go("timed", 2)
+    lines = (folder / "timed" / "log.jsonl").read_bytes().splitlines()
+    at = [json.loads(x)["seconds"] for x in lines]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    size = lambda name: (folder / "timed" / name).stat().st_size
+    s.sizes = {k: v / t.groups for k, v in dict(checkpoint=size("checkpoint.pt"), picture=size("samples/step_000002.png"), line=len(lines[-1]) + 1).items()}
+    s.sizes["generator"] = size("G1.pt")
+    step = at[1] - at[0]                                            # the first also warms up
+    count = f"{t.groups} group{'s'[:t.groups - 1]}"
+    yield "ok", "training", (f"{script.name}, {count} of {s.groups}: {step:.3g} s a step (batch {t.batch_size}, {t.image_size}x{t.image_size})"
+                             + (f", peak memory {peak / 2 ** 30:.2f} GB" if peak else "")
+                             + f"; {s.steps} steps of {s.groups} groups one after the other take {span(step / t.groups * s.groups * s.steps)}")
+    t.batch_size = min(t.batch_size, 4)                             # for these six steps it need not be full
+    whole = go("whole", 3)
+    go("parts", 2)
+    flat = lambda x, at="": {at: x} if not isinstance(x, (dict, list)) else {
+        k: v for key, sub in (x.items() if isinstance(x, dict) else enumerate(x)) for k, v in flat(sub, f"{at}/{key}").items()}
+    a, b = flat(whole), flat(go("parts", 3, resume=True))
+    same = a.keys() == b.keys() and all(torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k] for k, v in a.items())
+    yield "ok" if same else "note" if device.type == "cuda" else "FAIL", "resume", (
+        f"saved after 2 steps, resumed to 3: {'bit for bit' if same else 'not bit for bit'} the checkpoint of 3 steps at one go"
+        + ("" if same or device.type != "cuda" else " (promised on the CPU only)"))
+    t.sample, t.out = 2, str(folder / "whole")
+    with contextlib.redirect_stdout(io.StringIO()):
+        sample(t, script)
+    found = len(list((folder / "whole" / "fakes").rglob("*.png")))
+    yield "ok" if found == 2 * t.groups else "FAIL", "sampling", f"{found} of {2 * t.groups} images written"
+
+
+def check_out(s, script, device, folder):
+    """Room in --out against what the whole run writes: sizes of check_cycle times the settings."""
+    out = Path(s.out)
+    place = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        yield "FAIL", "out", f"{place} is no folder that can be written to; name another with --out"
+        return
+    if not s.resume and any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl")):
+        yield "FAIL", "out", f"{out} already holds a run: go on with --resume, or name another folder with --out"
+    if not hasattr(s, "sizes"):
+        yield "note", "out", "room not checked, as training failed"
+        return
+    steps = s.steps if s.epochs is None else math.ceil(s.epochs * s.images / (s.batch_size * s.n_critic))
+    z, n = s.sizes, s.groups
+    need = (2 * z["checkpoint"] * n + z["generator"] * (n + 1) + z["picture"] * n * (2 + steps // s.sample_every) + z["line"] * n * (1 + steps // s.log_every))
+    if s.fid_every:
+        need += z["generator"] * n + s.images * 4 * 2048
+    free = shutil.disk_usage(place).free
+    yield "FAIL" if free < need else "ok", "out", (f"{out}: {free / 2 ** 30:.2f} GB free; {steps} steps write {need / 2 ** 30:.2f} GB at most, of it the checkpoint "
+                                                   f"{z['checkpoint'] * n / 2 ** 20:.0f} MB, twice while it is replaced"
+                                                   + ("; free some, or name another disk with --out" if free < need else ""))
+
+
+def check(s, script):
+    """Print a line for everything a run with these settings needs, then "ready" or "not ready: ..."; returns the exit status, 0 or 1."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or exports(s) or s.benchmark or asked(s):
+        raise UserError("--check looks at one machine from one process and before a run: python okd_train.py --check, without torchrun, --benchmark, --sample or pictures")
+    failed, device, keep = [], torch.device("cpu"), logging.root.manager.disable
+
+    def tell(state, what, detail):
+        print(f"{state:4}  {what:12}  {one_line(detail)}", flush=True)
+        failed.extend([what] * (state == "FAIL" and what not in failed))
+    try:
+        device = pick_device(s.device)
+    except UserError as e:
+        tell("FAIL", "device", e)
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory(prefix="okd_check_") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for look in (check_packages, check_devices, check_attention, check_processes, check_weights, check_data, check_cycle, check_out):
+            try:
+                for line in look(s, script, device, Path(folder)):
+                    tell(*line)
+            except (Exception, SystemExit) as e:
+                if getattr(e, "code", None) in (130, 143):          # Ctrl-C while it trained
+                    raise
+                tell("FAIL", look.__name__[6:], f"{type(e).__name__ if not isinstance(e, UserError) else ''} {e}".strip())
+    logging.disable(keep)
+    print(f"Not checked: {s.groups} groups at once in memory, other machines, and how fast {'several GPUs are' if device.type == 'cuda' else 'it is while other programs run'}.")
+    print(f"not ready: {', '.join(failed)}" if failed else "ready")
+    return int(bool(failed))
+
+
 # ---------------------------------------------------------------------------------------------- launching
 def processes(s):
     """How many processes to start from this one: 1 means none."""
@@ -2882,7 +3254,7 @@ def cores():
 
 def launch(n, argv, device, hint):
     """Run this script in n processes on this machine; returns when all are done, with their exit status."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     os.environ[OUTER] = agent()
@@ -2893,10 +3265,11 @@ def launch(n, argv, device, hint):
     if device == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)        # its report would bury our one line
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=f"okd{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                          max_restarts=0, monitor_interval=0.1, start_method="spawn")
+    config = dict(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=f"okd{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                  max_restarts=0, monitor_interval=0.1, start_method="spawn")
     try:
-        elastic_launch(config, sys.executable)("-u", str(Path(__file__).resolve()), *argv)
+        with tempfile.TemporaryDirectory(prefix="okd_train_") as logs:               # its own folder of logs it would leave behind
+            elastic_launch(LaunchConfig(**config, logs_specs=DefaultLogsSpecs(logs)), sys.executable)("-u", str(Path(__file__).resolve()), *argv)
     except SignalException as e:
         raise SystemExit(128 + e.sigval) from None
     except ChildFailedError as e:
@@ -2915,11 +3288,14 @@ def main(argv=None):
     try:
         s, script, named = parse(argv)
         changed = settle(s, script, named)
-        n = processes(s)
+        n = 1 if s.check else processes(s)
         if n > 1:
             why = f"--nproc {n}" if s.nproc is not None else "one per GPU" if torch.cuda.is_available() else "quicker than one at this size"
             print(f"Starting {n} processes on this machine: {why} (--nproc 1 forbids).", flush=True)
             launch(n, argv, pick_device(s.device).type, "the same command goes on" if exports(s) else "--resume goes on from the last checkpoint")
+        elif s.check:
+            if check(s, script):
+                raise SystemExit(1)
         elif exports(s):
             sample(s, script)
         elif s.benchmark:
@@ -2927,7 +3303,8 @@ def main(argv=None):
         elif asked(s):
             pictures(s, script)
         else:
-            train(s, script, named, changed)
+            with Lock(s.out) as lock:
+                train(s, script, named, changed, lock)
     except (UserError, OSError) as e:                               # OSError: stdout on a full disk or closed, a name that is too long
         if os.environ.get("RANK", "0") == "0":
             print(f"okd_train.py: error: {one_line(e)}", file=sys.stderr, flush=True)

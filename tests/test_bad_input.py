@@ -375,8 +375,8 @@ CASES = ([("okd", ["--data", "DATA", *TINY, "--out", "OUT", *argv] if "--model" 
 
 
 def snapshot(root):
-    """{name below root: (size, time of change)} of all files, folders and links."""
-    return {p.relative_to(root): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in root.rglob("*") if "__pycache__" not in p.parts}
+    """{name below root: (size, time of change) of a file or link, None of a folder}."""
+    return {p.relative_to(root): (p.lstat().st_size, p.lstat().st_mtime_ns) if p.is_symlink() or not p.is_dir() else None for p in root.rglob("*") if "__pycache__" not in p.parts}
 
 
 def call(script, argv):

@@ -300,7 +300,7 @@ def test_an_unfinished_export_is_not_mixed_with_another(runs, tmp_path, monkeypa
     ("acgan", ["--sample", "5", "--group", "1e9"], "--group 1e9"),
     ("acgan", ["--sample", "5", "--group", "²"], "numbers from 1 to 3"),
     ("acgan", ["--sample", "5", "--group", "9" * 5000], "numbers from 1 to 3"),
-    ("acgan", ["--sample", "5", "--group", ""], "numbers from 1 to 3"),
+    ("acgan", ["--sample", "5", "--group", ""], "--group is empty"),
     ("sagan", ["--sample", "5", "--group", "best"], "--fid-every K"),
     ("sagan", ["--per-class", "Crack=5"], "not class-conditional; give --sample N"),
     ("acgan", ["--per-class", "Soot=5"], "names no class of this run; say CLASS=N with commas between, the classes are 'Crack', "),
@@ -311,7 +311,7 @@ def test_an_unfinished_export_is_not_mixed_with_another(runs, tmp_path, monkeypa
     ("acgan", ["--per-class", "Crack=1.5"], "number above 0"),
     ("acgan", ["--per-class", "Crack=5,"], "is not CLASS=N"),
     ("acgan", ["--per-class", "Crack"], "is not CLASS=N"),
-    ("acgan", ["--per-class", ""], "is not CLASS=N"),
+    ("acgan", ["--per-class", ""], "--per-class is empty"),
     ("acgan", ["--sample", "6", "--per-class", "Crack=5"], "--sample 6 and --per-class, 5 in all, disagree"),
     ("acgan", ["--sample", "0"], "--sample is 0"),
     ("acgan", ["--group", "1", "--npz"], "--group, --npz: without effect without --sample or --per-class"),
@@ -320,7 +320,7 @@ def test_an_unfinished_export_is_not_mixed_with_another(runs, tmp_path, monkeypa
     ("acgan", ["--sample", "5", "--to", "{full}"], "is not empty; move it away, or name another folder with --to"),
     ("acgan", ["--sample", "5", "--to", "{full}/a.txt"], "a.txt is not empty"),
     ("acgan", ["--sample", "5", "--to", "{full}/a.txt/b"], "cannot write"),
-    ("acgan", ["--sample", "5", "--to", ""], "is not empty"),
+    ("acgan", ["--sample", "5", "--to", ""], "--to is empty"),
 ])
 def test_mistakes_are_one_line_and_write_nothing(run, argv, want, runs, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_text("mine")
