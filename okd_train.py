@@ -22,6 +22,7 @@ Discriminator(x) -> (B,), and optionally losses and a flat dict hparams, whose k
 import argparse
 import base64
 import contextlib
+import copy
 import csv
 import ctypes
 import datetime
@@ -60,9 +61,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 try:
+    from kernels import reference as attention
     from kernels.convolution import fast_second_derivative
 except ImportError:                                                 # this file was copied alone
-    fast_second_derivative = None
+    attention = fast_second_derivative = None
 
 try:
     import fcntl
@@ -205,6 +207,7 @@ class Script:
                 raise UserError(f"{self.path}: {name} is a {type(getattr(self, name)).__name__}; it must be a function")
         self.conditional = "n_classes" in own
         self.autocast = bool(getattr(module, "autocast", False))    # its losses are written for bf16 and keep the penalty out of it
+        self.channels_last = bool(getattr(module, "channels_last", False))      # its layers take weights and images in either layout
         readers = [set(inspect.signature(f).parameters) for f in self.callables()]
         self.hparams = {k: v for k, v in {**TRAINER_HPARAMS, **OWN_LOSS_HPARAMS}.items()
                         if k in TRAINER_HPARAMS or any(k in r for r in readers)}
@@ -219,6 +222,10 @@ class Script:
             if key not in TRAINER_HPARAMS and key != "n_classes" and not any(key in r for r in readers):
                 raise UserError(f"{self.path}: hparams has {key!r}, but no constructor and no loss of the script names it")
             self.hparams[key] = float(value) if isinstance(TRAINER_HPARAMS.get(key), float) else value
+
+    def layout(self, device):
+        """The memory format of weights and images on `device`: channels_last where it was measured to win."""
+        return torch.channels_last if self.channels_last and device.type == "cpu" else torch.contiguous_format
 
     def callables(self):
         return (self.Generator, self.Discriminator, self.discriminator_loss, self.generator_loss, self.connector_loss)
@@ -667,6 +674,9 @@ class Network:
             (value * self.ranks.share if self.ranks else value).backward(inputs=self.params)     # not into the penalty's images
         if self.ranks:                                              # means over shares add up to the mean over the batch
             self.ranks.sum_gradients(self.params)
+        for p in self.params:                                       # fused Adam walks through memory and trusts that all is laid out alike
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
         self.opt.step()
         self.opt.zero_grad(set_to_none=True)                        # a gradient is not needed between steps
         return value.detach(), {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in logs.items()}
@@ -682,20 +692,21 @@ class Group:
 
     def __init__(self, i, script, s, device, ranks):
         self.i = i
+        layout = script.layout(device)
         self.nets = {}
         for role, cls, lr in (("G", script.Generator, s.g_lr), ("D", script.Discriminator, s.d_lr), ("C", script.Discriminator, s.c_lr)):
             if role == "C" and s.groups == 1:
                 continue                                            # one group has no neighbour
             seed_torch(s.seed, 0, i, f"init {role}")
             with calling(script, f"{cls.__name__}({', '.join(f'{k}={v!r}' for k, v in bind(cls, vars(s)).items())})"):
-                net = cls(**bind(cls, vars(s))).to(device).train()
+                net = cls(**bind(cls, vars(s))).to(device, memory_format=layout).train()
             if not any(p.requires_grad for p in net.parameters()):
                 raise UserError(f"{script.path}: {cls.__name__} has no trainable parameter")
             if role != "G" and fast_second_derivative:
                 fast_second_derivative(net)
             self.nets[role] = Network(net, lr, s, ranks)
         seed_torch(s.seed, 0, i, "init G")
-        self.ema = script.Generator(**bind(script.Generator, vars(s))).to(device).eval().requires_grad_(False)
+        self.ema = script.Generator(**bind(script.Generator, vars(s))).to(device, memory_format=layout).eval().requires_grad_(False)
         self.ema.load_state_dict(self.nets["G"].net.state_dict())
         live = self.nets["G"].net
         self.averaged = list(self.ema.parameters()), list(live.parameters())
@@ -929,7 +940,8 @@ class Trainer:
         A generator function: at every exchange it yields {i: fakes} and is sent a function -> {i: fakes of the next group}.
         Returns per group {"d": (loss, logs), "c": ..., "g": ...}, tensors on the device.
         """
-        s, plan = self.s, self.given.plan
+        s, plan, layout = self.s, self.given.plan, self.script.layout(self.device)
+        arrange = lambda images: images.contiguous(memory_format=layout)
         out = {g.i: {} for g in self.groups}
         for sub, d in enumerate(plan):
             number, last = self.step_count * s.n_critic + sub, sub == s.n_critic - 1
@@ -938,12 +950,12 @@ class Trainer:
                 with lanes(g.i), contextlib.nullcontext() if last else g.nets["G"].frozen(), torch.set_grad_enabled(last):
                     fakes[g.i] = self.generate(g, d, number)
             lanes.join()
-            images = {i: x.detach() for i, x in fakes.items()}
+            images = {i: arrange(x.detach()) for i, x in fakes.items()}
             neighbours = (yield images) if s.groups > 1 else None
             for g in self.groups:                                   # the images of other ranks travel meanwhile
                 with lanes(g.i):
                     idx = d["idx", g.i]
-                    real = self.data.batch(idx, d.get(("flip", g.i)))
+                    real = arrange(self.data.batch(idx, d.get(("flip", g.i))))
                     y_real = self.data.labels[idx] if self.conditional else None
                     out[g.i]["d"] = self.critic_step(g, "D", d, number, real, images[g.i], y_real)
             neighbours = neighbours() if neighbours else {}
@@ -952,7 +964,7 @@ class Trainer:
                 if "C" in g.nets:
                     after = [(g.i, "C")]
                     with lanes(g.i, "C"):
-                        out[g.i]["c"] = self.critic_step(g, "C", d, number, neighbours[g.i], images[g.i], d.get("y"))
+                        out[g.i]["c"] = self.critic_step(g, "C", d, number, arrange(neighbours[g.i]), images[g.i], d.get("y"))
                 if last:
                     with lanes(g.i, after=after):
                         out[g.i]["g"] = self.generator_step(g, d, number, fakes.pop(g.i), plan[0]["rho"])
@@ -1133,6 +1145,9 @@ class Trainer:
             for role, n in g.nets.items():
                 n.net.load_state_dict(saved[role]["net"])
                 n.opt.load_state_dict({"state": saved[role]["opt"], "param_groups": n.opt.state_dict()["param_groups"]})
+                for p, moments in n.opt.state.items():              # the file may come from a device with another layout
+                    for k in ("exp_avg", "exp_avg_sq"):
+                        moments[k] = torch.empty_like(p).copy_(moments[k])
         self.use_given_rates()
         self.step_count = step
 
@@ -2858,17 +2873,26 @@ class Operations(TorchDispatchMode):
 
 
 def count_work(script, s):
-    """(floating-point operations, operations launched) of one step, counted in a step at batch 2 on the CPU with eager attention.
+    """(floating-point operations, operations launched) of one step, counted in a step at batch 2 on the CPU with eager attention and
+    torch's default layout, as on a GPU.
 
     Arithmetic is proportional to the batch and to the groups.
     """
     few = argparse.Namespace(**{**vars(s), "batch_size": 2, "groups": min(s.groups, 2), "precision": "fp32", "cuda_graph": "off"})
-    cpu = torch.device("cpu")
+    cpu, script = torch.device("cpu"), copy.copy(script)
+    script.channels_last = False
     data = Data(torch.zeros(4, 3, s.image_size, s.image_size, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), [], few, cpu)
     trainer = Trainer(script, few, data, cpu)
     trainer.step()
-    with Operations() as count:
-        trainer.step()
+    fused = getattr(attention, "FUSED_FROM_N", None)
+    try:
+        if attention:
+            attention.FUSED_FROM_N = math.inf
+        with Operations() as count:
+            trainer.step()
+    finally:
+        if attention:
+            attention.FUSED_FROM_N = fused
     return count.flops * s.batch_size / 2 * s.groups / few.groups, count.n * s.groups // few.groups
 
 

@@ -132,6 +132,7 @@ class Discriminator(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- losses
+channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
 autocast = True                 # with --precision bf16 the trainer calls these losses under autocast; the penalty leaves it
 
 

@@ -49,7 +49,7 @@ import importlib.util
 import torch
 from torch.autograd import Function
 
-from .reference import attention, attention_blocked
+from .reference import attention, attention_cpu
 
 TRITON_FROM_N = 256     # "auto" takes Triton from here on: a guess, to be replaced by what bench_attention.py measures
 MAX_CQ = 64             # wider queries would need a loop over Cq too
@@ -761,4 +761,4 @@ def self_attention(q, k, v, *, precision=None, impl="auto"):
             return Attention.apply(q, k, v, _is_small(*q.shape[1:], arith), arith)
         if impl == "triton":
             raise RuntimeError(f"self_attention: impl='triton' cannot run: {why}")
-    return attention(q, k, v) if q.is_cuda else attention_blocked(q, k, v)
+    return attention(q, k, v) if q.is_cuda else attention_cpu(q, k, v)

@@ -16,7 +16,8 @@ def attention(q, k, v):
     P v^T rather than v P^T: the second makes the softmax's backward copy a transposed N x N matrix.
     """
     p = torch.softmax(torch.bmm(q.transpose(1, 2), k), -1)                              # (B, N, N)
-    return torch.bmm(p, v.transpose(1, 2)).transpose(1, 2).contiguous()
+    o = torch.bmm(p, v.transpose(1, 2)).transpose(1, 2)                                 # (B, C, N), laid out as (B, N, C)
+    return o if v.transpose(1, 2).is_contiguous() else o.contiguous()                   # as v is
 
 
 def attention_blocked(q, k, v):
@@ -57,3 +58,58 @@ def second_derivatives(q, k, v, g, a, b, e):
     w = p * m
     s = _softmax_map(p, m * (x - d) + g.mT @ e)
     return k @ s.mT + b @ z.mT, q @ s + a @ z, g @ w, v @ w.mT + e @ p.mT
+
+
+# ---------------------------------------------------------------------------------------------- on the CPU
+# torch multiplies float32 matrices on x86 by MKL, which on an AMD processor stays below AVX-512; oneDNN, which torch's
+# convolutions use, does not, and was 2.2 times as fast there. torch.compile reaches it by this operation: x w^T of two matrices.
+try:
+    _linear = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+except AttributeError:
+    _linear = None
+FUSED_FROM_N = 256              # below, a matrix is so small that the calls cost more than the products
+
+
+def _times(x, w):
+    """x (M, K) @ w (N, K)^T -> (M, N)."""
+    return _linear(x, w, None, "none", [], "")
+
+
+def _softmax_of_logits(q, k):
+    return torch.softmax(_times(q, k), -1)
+
+
+class _Fused(torch.autograd.Function):
+    """Attention image by image, so that its N x N matrices stay in the cache and none is kept for the backward pass.
+
+    A second derivative is autograd's, of the blocked form.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        qt, kt, o = q.mT.contiguous(), k.mT.contiguous(), torch.empty_like(v)
+        for b in range(len(q)):
+            o[b] = _times(_softmax_of_logits(qt[b], kt[b]), v[b]).t()
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(attention_blocked(*leaves), leaves, g, create_graph=True)
+        qt, kt, vt, gt = (x.mT.contiguous() for x in (q, k, v, g))
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        for b in range(len(q)):
+            p = _softmax_of_logits(qt[b], kt[b])
+            z = torch._softmax_backward_data(_times(gt[b], vt[b]), p, -1, p.dtype)
+            dq[b], dk[b], dv[b] = _times(k[b], z), _times(q[b], z.t()), _times(g[b], p.t())
+        return dq, dk, dv
+
+
+def attention_cpu(q, k, v):
+    """The quickest form on a CPU: fused in float32 from FUSED_FROM_N positions on, else blocked."""
+    fused = _linear is not None and q.shape[2] >= FUSED_FROM_N and q.dtype == torch.float32 and not torch.compiler.is_compiling() \
+        and not torch._C._are_functorch_transforms_active()
+    return _Fused.apply(q, k, v) if fused else attention_blocked(q, k, v)

@@ -33,10 +33,10 @@ LEVERS = {
     "-one forward": "three generator passes a group and step in place of one",
     "-cached": "a power iteration of the spectral norm at every use of a weight",
     "-fused adam": "torch's default Adam on the CPU, a loop over tensors",
-    "-blocks": "attention of G in one piece, 105 MB at 32x32",
-    "+P again": "blocks of attention made again for the backward pass in place of kept (a fifth less memory)",
-    "+channels last": "networks and images in channels_last layout",
-    "+explicit": "attention by its explicit formulas (first derivative), rows in blocks of 256",
+    "-fused attention": "attention of G by autograd in blocks of four images (MKL's products, P kept)",
+    "-blocks": "attention of G by autograd in one piece of 105 MB",
+    "-channels last": "networks and images in torch's default layout",
+    "+in place": "activations in place",
     "+padded SDPA": "attention of G by scaled_dot_product_attention, q and k padded to v's channels",
     "+bf16": "--precision bf16",
 }
@@ -78,42 +78,6 @@ def obvious_step(t, detach):
     t.step_count += 1
 
 
-def explicit_attention():
-    """First derivatives written out, rows in blocks that stay in the cache; keeps no N x N matrix."""
-    import torch
-
-    class Rows(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            o, size = torch.empty_like(v.mT), torch.empty(len(q), q.shape[2], 1)
-            for b in range(len(q)):
-                for r in range(0, q.shape[2], 256):
-                    rows = slice(r, r + 256)
-                    s = q[b].t()[rows] @ k[b]
-                    top = s.amax(1, keepdim=True)
-                    s.sub_(top).exp_()
-                    total = s.sum(1, keepdim=True)
-                    o[b, rows], size[b, rows] = s @ v[b].t() / total, top + total.log()
-            ctx.save_for_backward(q, k, v, o, size)
-            return o.mT
-
-        @staticmethod
-        def backward(ctx, g):
-            q, k, v, o, size = ctx.saved_tensors
-            dq, dk, dv = torch.empty_like(q.mT), torch.zeros_like(k.mT), torch.zeros_like(v.mT)
-            d = (g.mT * o).sum(2, keepdim=True)
-            for b in range(len(q)):
-                for r in range(0, q.shape[2], 256):
-                    rows = slice(r, r + 256)
-                    p = (q[b].t()[rows] @ k[b]).sub_(size[b, rows]).exp_()
-                    x = (g[b].t()[rows] @ v[b]).sub_(d[b, rows]).mul_(p)
-                    dv[b].addmm_(p.t(), g[b].t()[rows])
-                    dk[b].addmm_(x.t(), q[b].t()[rows])
-                    dq[b, rows] = x @ k[b].t()
-            return dq.mT, dk.mT, dv.mT
-    return Rows.apply
-
-
 def take(variant, t, module):
     """Change the trainer t (and the model script's module globals) by one lever; returns the step to time."""
     import torch
@@ -151,18 +115,11 @@ def take(variant, t, module):
                 n.opt.param_groups[0].update(fused=False, foreach=False, lr=float(n.opt.param_groups[0]["lr"]))
     if variant == "-blocks":
         module["self_attention"] = reference.attention
-    if variant == "+P again":
-        from torch.utils.checkpoint import checkpoint
-        again = lambda *block: checkpoint(reference.attention, *block, use_reentrant=False, preserve_rng_state=False)
-        module["self_attention"] = large(lambda q, k, v: torch.cat([again(*block) for block in zip(q.split(4), k.split(4), v.split(4))]))
-    if variant == "+channels last":
-        for g in t.groups:
-            for n in g.nets.values():
-                n.net.to(memory_format=torch.channels_last)
-        batch = t.data.batch
-        t.data.batch = lambda *a: batch(*a).contiguous(memory_format=torch.channels_last)
-    if variant == "+explicit":
-        module["self_attention"] = large(explicit_attention())
+    if variant == "-fused attention":
+        reference.FUSED_FROM_N = float("inf")
+    if variant == "+in place":
+        for m in (m for g in t.groups for n in g.nets.values() for m in n.net.modules() if hasattr(m, "inplace")):
+            m.inplace = True
     if variant == "+padded SDPA":
         def padded(q, k, v):
             q, k = (torch.nn.functional.pad(x.mT, (0, v.shape[1] - x.shape[1])).unsqueeze(1) for x in (q, k))
@@ -176,6 +133,8 @@ def child(variant, steps, argv):
     import okd_train
     if variant not in ("obvious", "detached", "-allocator"):
         okd_train.keep_freed_memory()
+    if variant in ("-channels last", "obvious", "detached"):
+        okd_train.Script.layout = lambda script, device: torch.contiguous_format
     if variant == "-convolution" or variant in ("obvious", "detached"):
         okd_train.fast_second_derivative = None
     s, script, named = okd_train.parse(argv + (["--precision", "bf16"] if variant == "+bf16" else []))

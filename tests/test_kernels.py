@@ -452,6 +452,38 @@ def test_cpu_batches_go_block_by_block(rows, blocks, monkeypatch):
     assert R.attention_blocked(*leaves[:3]).is_contiguous()
 
 
+@pytest.mark.parametrize("layout", ["channels first", "channels last"])
+def test_fused_on_the_cpu(layout, monkeypatch):
+    """Image by image with oneDNN's products: float32 values and derivatives as near to float64 as eager's, laid out as v is,
+    no N x N matrix kept, second derivatives those of the blocked form."""
+    if R._linear is None:
+        pytest.skip("this build of torch has no oneDNN")
+    leaves, back = inputs(3, 4, 20, 300)
+    q, k, v, g = (t.detach().float() for t in leaves)
+    if layout == "channels last":
+        q, k, v, g = (t.mT.contiguous().mT for t in (q, k, v, g))
+
+    def first(f, *x):
+        x = [t.clone().requires_grad_() for t in x]
+        o = f(*x)
+        return [o.detach(), *torch.autograd.grad(o, x, g.to(o.dtype))]
+    truth = first(R.attention, q.double(), k.double(), v.double())
+    ours, eager = first(R.attention_cpu, q, k, v), first(R.attention, q, k, v)
+    error = lambda values: [((a - b).norm() / b.norm()).item() for a, b in zip(values, truth)]
+    assert all(a < 2 * b + 1e-7 and a < 1e-5 for a, b in zip(error(ours), error(eager))), (error(ours), error(eager))
+    assert [t.stride() for t in ours] == [t.stride() for t in (v, q, k, v)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        R.attention_cpu(q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
+    assert len(saved) == 3 and max(saved) < 300 * 300
+    a, b = (eight(f, [t.float().detach().requires_grad_() for t in leaves], [t.float() for t in back]) for f in (R.attention_cpu, R.attention_blocked))
+    assert_close(a, b, 1e-4)
+    monkeypatch.setattr(R, "FUSED_FROM_N", 301)
+    assert torch.equal(R.attention_cpu(q, k, v), R.attention_blocked(q, k, v))
+    monkeypatch.undo()
+    torch.func.vmap(R.attention_cpu)(q[None].detach(), k[None].detach(), v[None].detach())       # not by a Function, which has no rule for it
+
+
 # The folder -----------------------------------------------------------------------------------------------------
 
 def test_importing_costs_nothing():
