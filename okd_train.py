@@ -770,18 +770,19 @@ class Lanes:
     main stream stands; nothing made in one may be freed before join()."""
 
     def __init__(self):
-        self.main, self.streams = torch.cuda.Stream(), {}
+        self.main, self.streams, self.open = torch.cuda.Stream(), {}, {}
 
     def __call__(self, *name, after=()):
-        stream = self.streams.setdefault(name, torch.cuda.Stream())
+        stream = self.open[name] = self.streams.setdefault(name, torch.cuda.Stream())
         stream.wait_stream(torch.cuda.current_stream())
         for other in after:
             stream.wait_stream(self.streams[other])
         return torch.cuda.stream(stream)
 
     def join(self):
-        for stream in self.streams.values():
+        for stream in self.open.values():                           # one that was not begun in this capture may not be waited for
             torch.cuda.current_stream().wait_stream(stream)
+        self.open.clear()
 
 
 class OneLane:

@@ -4,6 +4,7 @@ Recorder notes every operation below autograd with the very tensors and numbers 
 place. Whatever Python decided while recording stays decided, and every Python number stays what it was, so that a step which
 would go stale in a CUDA graph goes stale here, too.
 """
+import contextlib
 import copy
 import json
 import os
@@ -212,6 +213,41 @@ def test_on_is_refused_without_a_gpu_and_auto_says_why(photos, tmp_path, capsys)
         okd_train.main(["--data", str(photos), *TINY, "--groups", "1", "--steps", "5", "--cuda-graph", choice, "--out", str(tmp_path / choice)])
         text = capsys.readouterr().out
         assert text.count("Steps run eagerly, without a CUDA graph: the device is cpu.") == (choice == "auto")
+
+
+class FakeStream:
+    """Notes who waits for whom; capturing is infectious, as in CUDA: a stream that waits for a capturing one captures, too."""
+    current, capture = [], set()
+
+    def wait_stream(self, other):
+        if self in FakeStream.capture:
+            assert other in FakeStream.capture, "waits for work outside its capture"
+        if other in FakeStream.capture:
+            FakeStream.capture.add(self)
+            FakeStream.joined.discard(self)
+            FakeStream.joined.add(other)
+
+
+def test_lanes_fork_and_join_within_a_capture(monkeypatch):
+    """Every lane begins at the main stream and is waited for before the end, whatever was used before the capture began."""
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream.current[-1])
+
+    @contextlib.contextmanager
+    def stream(s):
+        FakeStream.current.append(s)
+        yield
+        FakeStream.current.pop()
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    lanes = okd_train.Lanes()
+    for n_critic in (1, 2):
+        t = eager("--groups", "2", "--n-critic", str(n_critic), *TINY)
+        with torch.cuda.stream(lanes.main):
+            t.eager(lanes, t.ranks.exchange)                        # a warm-up: nothing captures
+            FakeStream.capture, FakeStream.joined = {lanes.main}, set()
+            t.eager(lanes, t.ranks.exchange)
+            assert FakeStream.capture == {lanes.main, *lanes.streams.values()} == FakeStream.joined | {lanes.main} and len(lanes.streams) == 4
+            FakeStream.capture, FakeStream.joined = set(), set()
 
 
 DRIVER = '''
