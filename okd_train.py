@@ -101,7 +101,8 @@ LIMITS = dict(groups=(1, 1000), steps=(1, 10 ** 12), batch_size=(1, 10 ** 6), n_
               interpolate=(2, 10 ** 5))
 NONE_BY_DEFAULT = dict(data=str, epochs=float, max_seconds=float, device=str, fid_every=int, fid_samples=int, fid_data=str,
                        precision=str)                                # flags without a default
-MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc", "cuda_graph"}    # on --resume
+MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc", "cuda_graph",
+              "precision"}      # on --resume
 PICTURES = {"curves": "curves.png", "interpolate": "interpolate.png", "attention_maps": "attention.png", "report": "report.html"}   # flag: file
 WARM_UP = 3                     # steps before a capture: cuDNN, cuBLAS, Triton and Adam make what they need at their first call
 PROOF = 1e-2                    # largest difference of a replay to an eager step, of each network's largest gradient: roundings stay far below, what went stale far above
@@ -1764,7 +1765,7 @@ def settle(s, script, named):
     idle = named & (MAY_CHANGE - {"device", "nproc"} | {"resume"} if exports(s) else {"group", "to", "npz"})
     if idle:
         raise UserError(f"{', '.join('--' + k.replace('_', '-') for k in sorted(idle))}: without effect {'with' if exports(s) else 'without'} --sample or --per-class")
-    idle = named & (MAY_CHANGE - {"device", "cuda_graph"} | {"resume", "out", "nproc", "sample", "per_class"} if s.benchmark is not None else {"json"})
+    idle = named & (MAY_CHANGE - {"device", "cuda_graph", "precision"} | {"resume", "out", "nproc", "sample", "per_class"} if s.benchmark is not None else {"json"})
     if idle:
         raise UserError(f"{', '.join('--' + k.replace('_', '-') for k in sorted(idle))}: without effect {'with' if s.benchmark is not None else 'without'} --benchmark")
     if (s.resume or exports(s) or asked(s)) and (Path(s.out) / "args.json").exists():
@@ -1832,13 +1833,14 @@ def pick_device(name):
 
 
 def set_precision(s, device):
-    """Fill --precision in by the device, and tell torch: tf32 is what products of fp32 numbers run in, bf16 comes by autocast."""
-    s.precision = s.precision or ("tf32" if device.type == "cuda" else "fp32")
+    """Tell torch in what products of fp32 numbers run, and return it: --precision or the device's default. bf16 comes by autocast."""
+    precision = s.precision or ("tf32" if device.type == "cuda" else "fp32")
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if s.precision == "fp32" else "high")
-        torch.backends.cudnn.allow_tf32 = s.precision != "fp32"
-    elif s.precision == "tf32":
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    elif precision == "tf32":
         raise UserError(f"--precision tf32 is arithmetic of CUDA devices, and the device is {device.type}; use fp32 or bf16")
+    return precision
 
 
 def span(seconds):
@@ -1991,7 +1993,7 @@ def git_revision():
 def train(s, script, named, changed, lock):
     keep_freed_memory()
     device = pick_device(s.device)
-    set_precision(s, device)
+    precision = set_precision(s, device)
     if s.quick and device.type == "cpu":
         torch.set_num_threads(1)                                    # at this size a second one gains little, and much is lost where cores are shared
     ranks = Ranks(s.groups, s.batch_size, device)
@@ -2041,7 +2043,7 @@ def train(s, script, named, changed, lock):
     text = (f"Training {ring}: generator {count(nets['G'])}, discriminator {count(nets['D'])} parameters"
             f"{', a connector like it' if s.groups > 1 else ''}, {s.image_size}x{s.image_size}, batch {s.batch_size}, on {source}"
             f"{f' in {len(data.classes)} classes' if data.classes else ''}. Device: {describe(device)}"
-            f"{f', {ranks.world} processes' if ranks.world > 1 else ''}, {s.precision}. {trainer.graph_note + ' ' if trainer.graph_note else ''}Pictures every {s.sample_every} steps in "
+            f"{f', {ranks.world} processes' if ranks.world > 1 else ''}, {precision}. {trainer.graph_note + ' ' if trainer.graph_note else ''}Pictures every {s.sample_every} steps in "
             f"{out / 'samples'}/, log every {s.log_every} in {out / 'log.jsonl'}, checkpoint every {s.save_every}.")
     if changed:
         text += " --quick set " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in changed.items()) + "."
@@ -2956,7 +2958,7 @@ def benchmark(s, script):
         raise UserError("--benchmark times one process; start it without torchrun")
     keep_freed_memory()
     device = pick_device(s.device)
-    set_precision(s, device)
+    precision = set_precision(s, device)
     ranks = Ranks(s.groups, s.batch_size, device)
     data = shared_data(s, script, set(), device, ranks, lambda text: None)
     trainer = Trainer(script, s, data, device, ranks)
@@ -2995,7 +2997,7 @@ def benchmark(s, script):
     phases = {name: percent([row.get(name, 0.0) for row in clock.rows]) for name in dict.fromkeys(k for row in clock.rows for k in row)}
     seconds = (graph or eager)[1]
     result = {
-        "model": script.name, "groups": s.groups, "batch_size": s.batch_size, "image_size": s.image_size, "precision": s.precision, "steps": n,
+        "model": script.name, "groups": s.groups, "batch_size": s.batch_size, "image_size": s.image_size, "precision": precision, "steps": n,
         "device": torch.cuda.get_device_name(device) if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
         "date": datetime.date.today().isoformat(), "step_seconds": seconds, "eager_seconds": eager, "graph_seconds": graph, "phase_seconds": phases,
         "images_per_second": s.groups * s.batch_size / seconds, "peak_memory_bytes": peak, "launches_per_step": operations, "gpu_busy_share": busy,
@@ -3005,7 +3007,7 @@ def benchmark(s, script):
         print(json.dumps(result))
         return
     line = lambda name, v: print(f"{name:22}{v[1] * 1e3:12.2f}{v[0] * 1e3:10.2f}{v[2] * 1e3:10.2f}{v[1] / eager[1]:9.0%}")
-    print(f"{script.name}, groups {s.groups}, batch {s.batch_size}, {s.image_size}x{s.image_size}, {s.precision}, on {result['device']}, torch {torch.__version__}, {result['date']}\n"
+    print(f"{script.name}, groups {s.groups}, batch {s.batch_size}, {s.image_size}x{s.image_size}, {precision}, on {result['device']}, torch {torch.__version__}, {result['date']}\n"
           f"{'milliseconds':22}{'median':>12}{'20 %':>10}{'80 %':>10}{'share':>9}")
     for name, values in phases.items():
         line(name, values)

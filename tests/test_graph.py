@@ -209,6 +209,15 @@ def test_on_is_refused_without_a_gpu_and_auto_says_why(photos, tmp_path, capsys)
     assert "--cuda-graph on: the device is cpu" in refused(capsys, "--data", photos, *TINY, "--cuda-graph", "on", "--out", tmp_path / "run")
     assert "tf32 is arithmetic of CUDA devices" in refused(capsys, "--data", photos, *TINY, "--precision", "tf32", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    out = tmp_path / "from a gpu"
+    okd_train.main(["--data", str(photos), *TINY, "--groups", "1", "--steps", "1", "--out", str(out)])
+    args = json.loads((out / "args.json").read_text())
+    assert args["settings"]["precision"] is None                    # the next device's own default
+    args["settings"]["precision"] = "tf32"
+    (out / "args.json").write_text(json.dumps(args))
+    assert "use fp32 or bf16" in refused(capsys, "--out", out, "--resume", "--steps", "2")
+    okd_train.main(["--out", str(out), "--resume", "--steps", "2", "--precision", "fp32"])
+    capsys.readouterr()
     for choice in ("auto", "off"):
         okd_train.main(["--data", str(photos), *TINY, "--groups", "1", "--steps", "5", "--cuda-graph", choice, "--out", str(tmp_path / choice)])
         text = capsys.readouterr().out
