@@ -1381,8 +1381,11 @@ def writing(path):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yields a temporary file beside `path`, open for writing; it takes the final name only when all went well."""
+def replacing(path, sync=True):
+    """Yields a temporary file beside `path`, open for writing; it takes the final name only when all went well.
+
+    sync: its content is on the disk before the name is, whatever happens to the machine; thousands of small files would wait for that.
+    """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -1390,7 +1393,8 @@ def replacing(path):
             with open(tmp, "wb") as f:
                 yield f
                 f.flush()
-                os.fsync(f.fileno())
+                if sync:
+                    os.fsync(f.fileno())
             os.replace(tmp, path)
     finally:
         with contextlib.suppress(OSError):
@@ -1445,7 +1449,7 @@ def load_generator(path, device="cpu", model=None):
     Call it with z (B, z_dim) ~ N(0, I), and y (B,) int64 if the file's `classes` is not empty -> (B, 3, H, W) in [-1, 1].
     """
     d = load_file(path)
-    if not isinstance(d, dict) or not {"model", "kwargs", "state_dict"} <= d.keys():
+    if not isinstance(d, dict) or not {"model", "kwargs", "state_dict", "step", "classes", "z_dim"} <= d.keys():
         raise UserError(f"{path} is not a generator written by okd_train.py")
     script = Script(str(model or d["model"]))
     try:
@@ -1503,6 +1507,31 @@ def cut_log(path, step, log_every):
             at = json.loads(line)["step"]
             if at <= step and at % max(1, log_every) == 0:
                 kept.append(line + b"\n")
+def read_lines(path, numbers=(), most=math.inf):
+    """Objects of a .jsonl file with a whole step and a number at each of `numbers`: at most about `most`, evenly thinned; [] without the file.
+
+    What is none is passed over: half a line of a run that goes on, garbage. UserError where the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from e
+    kept = []
+    for text in lines[::-1][::max(1, math.ceil(len(lines) / most))][::-1]:          # the last line is among them
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            line = json.loads(text)
+            if type(line["step"]) is int and line["step"] >= 0 and all(isinstance(line[k], (int, float)) for k in numbers):
+                kept.append(line)
+    return kept
+
+
+def score_lines(out, groups=1):
+    """Lines of fid.jsonl that have a score of each group."""
+    return read_lines(out / "fid.jsonl", [f"G{i}" for i in range(1, groups + 1)])
+
+
     with replacing(path) as f:
         f.write(b"".join(kept))
 
@@ -1626,17 +1655,6 @@ class Scores:
             f.write(json.dumps(line).encode() + b"\n")
         progress.say(f"{self.name} at step {line['step']}: " + "  ".join(f"{k} {line[k]:.2f}" for k in (*score, "mean", "union", "floor")))
         return line
-
-
-def score_lines(out, groups=1):
-    """The lines of fid.jsonl as dicts; what is none with a score of each group (half a line, garbage) is passed over."""
-    path, lines = out / "fid.jsonl", []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            line = json.loads(text)
-            if type(line["step"]) is int and all(isinstance(line[f"G{i}"], (int, float)) for i in range(1, groups + 1)):
-                lines.append(line)
-    return lines
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -2226,10 +2244,7 @@ def generator_files(s, out):
     if s.group == "all":
         return {i: out / f"G{i}.pt" for i in range(1, s.groups + 1)}
     if s.group == "best":
-        try:
-            scores = [(line[f"G{i}"], i) for line in score_lines(out) for i in range(1, s.groups + 1) if math.isfinite(line[f"G{i}"])]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"--group best: {out / 'fid.jsonl'} cannot be read ({type(e).__name__}: {e})") from e
+        scores = [(line[f"G{i}"], i) for line in score_lines(out, s.groups) for i in range(1, s.groups + 1) if abs(line[f"G{i}"]) < math.inf]
         if not scores:
             raise UserError(f"--group best: {out} has no scores; they come from training with --fid-every K. Or name a group, such as --group 1")
         return {(best := min(scores)[1]): out / f"G{best}.best.pt"}
@@ -2289,17 +2304,16 @@ def redraw(run, row, model=None, device="cpu"):
 @functools.lru_cache(maxsize=2)
 def _redrawn(path, wanted, seed, chunk, name, model, device):
     """A whole chunk, kept because the next row of a manifest mostly lies in it."""
-    d = load_file(path)
+    G, d = load_generator(path, device, model), load_file(path)
     if (name not in d["classes"]) if d["classes"] else name:
         raise UserError(f"{path} knows no class {name!r}")
-    return draw_chunk(load_generator(path, device, model), seed, chunk, f"sample {name}", d["classes"].index(name) if name else None, d["z_dim"])
+    return draw_chunk(G, seed, chunk, f"sample {name}", d["classes"].index(name) if name else None, d["z_dim"])
 
 
 def save_whole(a, path):
-    """uint8 (H, W, 3) -> .png, or (n, H, W, 3) -> .npy: under its name only when whole."""
-    tmp = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")      # two exports at a time do not disturb each other
-    Image.fromarray(a).save(tmp, compress_level=1) if path.suffix == ".png" else np.save(tmp, a)
-    os.replace(tmp, path)
+    """uint8 (H, W, 3) -> .png, or (n, H, W, 3) -> .npy."""
+    with replacing(path, sync=False) as f:
+        Image.fromarray(a).save(f, "PNG", compress_level=1) if path.suffix == ".png" else np.save(f, a)
 
 
 def pack(paths, counts, group, classes, target):
@@ -2444,23 +2458,6 @@ POINTS = ((0.3, 0.3), (0.45, 0.8), (0.8, 0.45))     # (down, right) as shares of
 ABOUT = {"loss": "loss of the {}", "d_w": "E D(real) - E D(fake)", "c_w": "E C(neighbour) - E C(own)", "grad_norm": "mean gradient norm, aim 1",
          "accuracy": "share of classes named right", "class_loss": "cross-entropy of classes", "gamma": "weight of attention, {}"}
 ROLES = {"d": "discriminator", "c": "connector", "g": "generator"}
-
-
-def read_lines(path, most=4000):
-    """Objects of a .jsonl file, those that have a step: at most about `most`, evenly thinned. A half-written line of a run that goes on is left out."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from e
-    kept = []
-    for line in lines[::-1][::math.ceil(len(lines) / most) or 1][::-1]:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            line = json.loads(line)
-            if 0 <= line["step"] < math.inf:
-                kept.append(line)
-    return kept
 
 
 def column(lines, get):
