@@ -1714,7 +1714,9 @@ def parse(argv):
     saved = {}
     if early.model is None and early.out and (early.resume or exports(early) or asked(early)) and (Path(early.out) / "args.json").exists():
         saved = read_args(Path(early.out))
-    script = Script(early.model if early.model is not None else saved.get("model", "sagan"))
+    model = early.model if early.model is not None else saved.get("model", "sagan")
+    same = saved and Path(saved["script"]).is_file()                # `model` may be a name in another folder
+    script = Script(saved["script"] if same else model)
 
     p = Parser(prog="okd_train.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     trainer_flags(p)
@@ -1729,6 +1731,7 @@ def parse(argv):
             group.add_argument(flag, default=value, help=text, **kind)
         except argparse.ArgumentError as e:                         # x=True brings --no-x too
             raise UserError(f"{script.path}: hparams has {key!r}, whose flag {' '.join(e.message.split())}") from None
+    s.model = model
     s = p.parse_args(argv)
     for action in p._actions:                                       # a second pass without defaults tells what was named
         action.default = argparse.SUPPRESS
