@@ -2590,6 +2590,24 @@ def look(net, *args):
     found = []
     for name, (m, x) in seen.items():
         p, (h, w) = m.attention_map(x), x.shape[2:] if x.dim() == 4 else (0, 0)
+def tile(image, weights=None, size=96):
+    """An image (H, W, 3) with POINTS numbered in it; weights (h, w): in grey, and over it where one of them looks."""
+    picture = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+    if weights is not None:
+        grey = np.asarray(picture.convert("L"), np.float32)[..., None] * 0.6
+        share = np.asarray(Image.fromarray(weights / max(weights.max(), 1e-30)).resize((size, size), Image.Resampling.NEAREST))
+        colour = np.stack([np.interp(share, (0, 0.5, 1), c) for c in ((190, 250, 255), (0, 110, 240), (70, 20, 90))], 2)       # red, orange, yellow
+        picture = Image.fromarray((grey + share[..., None] ** 0.7 * 0.85 * (colour - grey)).clip(0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(picture)
+    for j, (down, right) in enumerate(POINTS):
+        x, y = right * size, down * size
+        pen.ellipse([x - 7, y - 7, x + 7, y + 7], "white", "black")
+        pen.text((x, y), str(j + 1), "black", font(11), anchor="mm")
+    if weights is not None:
+        pen.text((size // 2, 3), f"peak  {weights.max() * weights.size:.3g}", "white", font(10), "mt", stroke_width=1, stroke_fill="black")
+    return np.asarray(picture)
+
+
         if not h or p.shape != (len(x), h * w, h * w):
             raise UserError(f"attention_map of layer {name} returned {tuple(p.shape)} for x {tuple(x.shape)}; expected (B, H*W, H*W) for x (B, C, H, W)")
         gamma = getattr(m, "gamma", None)
@@ -2619,41 +2637,8 @@ def attention_maps(s, script, out, generators):
     layers = max(len(b[2]) for b in blocks)
     if not layers:
         raise UserError(f"no layer of {script.path.name} offers attention_map(x) (B, C, H, W) -> (B, H*W, H*W): no attention to draw")
-    step, top, head, wide = tile + gap, 46, 22, len(POINTS) * (tile + gap) + 12
-    block = head + n * (step + 14)
-    sheet = Image.new("RGB", (34 + step + 12 + layers * wide, top + len(blocks) * block), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((8, 6), "Where the positions 1, 2, 3 look: from grey (nowhere) over red to yellow (most). Peak: how many times as much as with equal attention to all.", "black", font(13))
-    pen.text((8, 24), "The output of a layer is gamma x attention + input: near gamma 0 its attention does not matter yet.", "#555555", font(12))
-    heat = np.array([(190, 0, 70), (250, 110, 20), (255, 240, 90)])
-    for at, (i, images, found) in enumerate(blocks):
-        up = top + at * block
-        pen.text((8, up + 4), f"G{i}", "black", font(14))
-        for k, (label, _) in enumerate(found):
-            pen.text((34 + step + 12 + k * wide, up + 4), label, "black", font(12))
-        for row, image in enumerate(images):
-            y0 = up + head + row * (step + 14)
-            whole = Image.fromarray(image).resize((tile, tile), Image.Resampling.BICUBIC)
-            grey = np.asarray(whole.convert("L"), np.float32)[..., None] * 0.6
-            sheet.paste(whole, (34, y0))
-            for j in range(len(POINTS)):
-                mark(pen, 34, y0, tile, j)
-            for k, (_, maps) in enumerate(found):
-                for j, p in enumerate(maps[row].numpy()):
-                    x0 = 34 + step + 12 + k * wide + j * step
-                    share = np.asarray(Image.fromarray(p / max(p.max(), 1e-30)).resize((tile, tile), Image.Resampling.NEAREST))[..., None]
-                    colour = np.stack([np.interp(share[..., 0], (0, 0.5, 1), heat[:, c]) for c in range(3)], 2)
-                    sheet.paste(Image.fromarray((grey + share ** 0.7 * 0.85 * (colour - grey)).clip(0, 255).astype(np.uint8)), (x0, y0))
-                    mark(pen, x0, y0, tile, j)
-                    pen.text((x0 + tile // 2, y0 + tile + 1), f"peak {p.max() * p.size:.3g}", "#555555", font(10), anchor="mt")
-    return sheet
-
-
-def mark(pen, x, y, size, j):
-    """Position j of POINTS, numbered, in a picture of `size` pixels at (x, y)."""
-    x, y = x + POINTS[j][1] * size, y + POINTS[j][0] * size
-    pen.ellipse([x - 7, y - 7, x + 7, y + 7], "white", "black")
-    pen.text((x, y), str(j + 1), "black", font(11), anchor="mm")
+    return grid(blocks, n * (1 + len(POINTS)), "Three images, and where the positions 1, 2, 3 look in each: from grey (nowhere) over red to yellow (most). peak: the most that one place gets,\n"
+                "in units of an equal share for all. A layer returns gamma x attention + input: near gamma 0 its attention hardly matters yet.")
 
 
 def closest(s, script, saved, out, generators, device):
@@ -2692,8 +2677,6 @@ def closest(s, script, saved, out, generators, device):
 
 def pictures(s, script):
     """Read the run in --out and draw what the flags ask for; nothing is trained."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"--{asked(s)[0].replace('_', '-')} is drawn by one process: start it with python, not with torchrun")
     out, device = Path(s.out), pick_device(s.device)
     saved = read_args(out)
     generators = functools.cache(lambda: {i: load_generator(out / f"G{i}.pt", device, str(script.path)) for i in range(1, s.groups + 1)})
@@ -2940,22 +2923,26 @@ def gpu_trace(step, n):
         took = time.perf_counter() - begin
     spans = sorted((e.time_range.start, e.time_range.end) for e in p.events() if e.device_type == torch.autograd.DeviceType.CUDA)
     busy, end = 0.0, 0.0
+def peak_memory(device):
+    """Most bytes that were held so far, on the GPU or else by this process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
     for a, b in spans:                                              # microseconds; kernels of parallel streams overlap
         busy, end = busy + max(0.0, b - max(a, end)), max(end, b)
     return len(spans) / n, busy / 1e6 / took
 
 
 def cpu_name():
-    with contextlib.suppress(OSError, IndexError):
-        return [x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")][0]
+    with contextlib.suppress(OSError, TypeError):
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return "unknown CPU"
 
 
 def benchmark(s, script):
     """Print how fast a step is on this machine with these settings, and against what: a table, or one JSON object."""
-    import resource                                                 # not everywhere
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("--benchmark times one process; start it without torchrun")
     keep_freed_memory()
     device = pick_device(s.device)
     precision = set_precision(s, device)
@@ -2975,7 +2962,7 @@ def benchmark(s, script):
         graph = percent(clock.times(trainer.step, n))
     graphs, trainer.graphs = trainer.graphs, None
     eager = percent(clock.times(trainer.step, n))
-    peak = torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory(device)
     flops, operations = count_work(script, s)
     matmul, convolutions = machine_rates(trainer, 10)
     if cuda:
@@ -3015,7 +3002,7 @@ def benchmark(s, script):
     if graph:
         line("step, CUDA graph", graph)
     print(f"""{trainer.graph_note or 'Steps run eagerly: --cuda-graph off.'}
-{result['images_per_second']:.1f} images/s made and learnt from, all groups; peak memory {peak / 2 ** 30:.2f} GiB
+{result['images_per_second']:.1f} images/s made and learnt from, all groups{f'; peak memory {peak / 2 ** 30:.2f} GiB' if peak else ''}
 {operations:.0f} {'GPU operations' if cuda else 'operations that a GPU would launch'} in an eager step{f', GPU busy {busy:.0%} of the time' if cuda else ''}
 {flops / 1e9:.1f} GFLOP a step; this machine: {matmul / 1e9:.0f} GFLOP/s in a matrix product, {convolutions / 1e9:.0f} in these convolutions
 at the better of the two a step would take {flops / max(matmul, convolutions) * 1e3:.1f} ms: {result['floor_share']:.0%} of that rate is reached
@@ -3027,33 +3014,31 @@ The paper's 50,000 steps take {span(50000 * seconds)}.""")
 PAIR = """
 import sys, torch, torch.distributed as dist
 dist.init_process_group(sys.argv[1])
+MAY_MISS = {"scipy": "fid.py is slower without it", "pytest": "only the tests need it", "triton": "attention on a GPU is eager without it"}
 x = torch.ones(1000, device=f"cuda:{dist.get_rank()}" if sys.argv[1] == "nccl" else "cpu")
 dist.all_reduce(x)
 assert x.sum().item() == 1000 * dist.get_world_size()
+    yield "ok", "python", sys.version.split()[0]
 dist.destroy_process_group()
 """
 
 
 def check_packages(s, script, device, folder):
     numbers = lambda text: [int(k) for k in re.findall(r"\d+", text)[:3]]
-    old = sys.version_info < (3, 10)
-    yield "FAIL" if old else "ok", "python", sys.version.split()[0] + (" (torch needs 3.10 or newer)" if old else "")
-    file = Path(__file__).resolve().with_name("requirements.txt")
+    file, fine = Path(__file__).resolve().with_name("requirements.txt"), []
     if not file.exists():
         yield "note", "packages", f"torch {torch.__version__}, numpy {np.__version__}; requirements.txt is not beside okd_train.py, so versions were not compared"
         return
-    fine = []
-    for name, low, high, where_ in re.findall(r"^(\w+)>=([\d.]+)(?:,<([\d.]+))?(.*)", file.read_text(), re.M):
-        idle = {"scipy": "fid.py is slower without it", "pytest": "only the tests need it", "triton": "attention on a GPU is eager without it"}.get(name)
-        if "Linux" in where_ and sys.platform != "linux":
+    for name, low, high, only in re.findall(r"^(\w+)>=([\d.]+)(?:,<([\d.]+))?(.*)", file.read_text(), re.M):
+        if "Linux" in only and sys.platform != "linux":
             continue
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield "note" if idle else "FAIL", name, f"not installed; {idle or 'needed'} (pip install -r requirements.txt)"
-            continue
-        if numbers(found) < numbers(low):
-            yield "note" if idle else "FAIL", name, f"{found} is older than {low} (pip install -r requirements.txt)"
+            found = None
+        if found is None or numbers(found) < numbers(low):
+            yield ("note" if name in MAY_MISS else "FAIL", name,
+                   f"{f'{found} is older than {low}' if found else 'not installed'}; {MAY_MISS.get(name, 'needed')} (pip install -r requirements.txt)")
         elif high and numbers(found) >= numbers(high):
             yield "note", name, f"{found} is newer than what was tested, below {high}"
         else:
@@ -3065,13 +3050,14 @@ def check_devices(s, script, device, folder):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     with contextlib.suppress(OSError, ValueError):                  # a container may allow less than the machine has
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    many = lambda n, what: f"{n} {what}{'s'[:n - 1]}"
-    yield "ok", "cpu", f"{many(cores(), 'core')}, {many(torch.get_num_threads(), 'thread')}" + (f", {memory / 2 ** 30:.1f} GB of memory" if memory else "")
+    yield "ok", "cpu", f"cores {cores()}, threads {torch.get_num_threads()}" + (f", memory {memory / 2 ** 30:.1f} GB" if memory else "")
     for k in range(torch.cuda.device_count()):
         d = torch.cuda.get_device_properties(k)
-        yield "ok" if d.major >= 8 else "note", f"cuda:{k}", (f"{d.name}, {d.total_memory / 2 ** 30:.1f} GB, compute capability {d.major}.{d.minor}"
-                                                             + ("" if d.major >= 8 else "; attention is eager below 8.0"))
-    yield "ok" if device.type == "cuda" else "note", "device", f"{device}" + ("" if device.type == "cuda" else "; at full size a step takes seconds there, --quick is for it")
+        new = d.major >= 8
+        yield "ok" if new else "note", f"cuda:{k}", (f"{d.name}, {d.total_memory / 2 ** 30:.1f} GB, compute capability {d.major}.{d.minor}"
+                                                     + ("" if new else "; attention is eager below 8.0"))
+    yield ("ok", "device", str(device)) if device.type == "cuda" else ("note", "device", f"{device}; at full size a step takes seconds there, --quick is for it")
+        from kernels.reference import attention
 
 
 def check_attention(s, script, device, folder):
@@ -3081,16 +3067,16 @@ def check_attention(s, script, device, folder):
         yield "note", "attention", f"kernels/ cannot be imported ({e}); sagan.py takes its own two lines"
         return
     r = np.random.default_rng(0)
-    q, k, v = (torch.from_numpy(r.standard_normal((2, c, 1024))) for c in (8, 8, 64))
+    qkv = [torch.from_numpy(r.standard_normal((2, c, 1024))) for c in (8, 8, 64)]
 
     def derivatives(f, device, dtype):
-        x = [a.to(device, dtype).requires_grad_() for a in (q, k, v)]
+        x = [a.to(device, dtype).requires_grad_() for a in qkv]
         o = f(*x)
         first = torch.autograd.grad(o.square().sum(), x, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), x)
         return [a.detach().double().cpu() for a in (o, *first, *second)]
-    why = _refusal(q.to(device, torch.float32)) if device.type == "cuda" else "no GPU is used"
-    exact = derivatives(lambda q, k, v: (torch.softmax(q.transpose(1, 2) @ k, -1) @ v.transpose(1, 2)).transpose(1, 2), "cpu", torch.float64)
+    why = _refusal(qkv[0].to(device, torch.float32)) if device.type == "cuda" else "no GPU is used"
+    exact = derivatives(attention, "cpu", torch.float64)
     ours = derivatives(functools.partial(self_attention, impl="eager" if why else "triton"), device, torch.float32)
     error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, exact))
     bad = not error < 1e-3                                          # float32 has 1e-6 here; a wrong derivative is off by 1
@@ -3100,44 +3086,46 @@ def check_attention(s, script, device, folder):
 
 
 def check_processes(s, script, device, folder):
-    for backend in ["gloo"] + ["nccl"] * (torch.cuda.is_available() and dist.is_nccl_available()):
-        n = 2 if backend == "gloo" else min(2, torch.cuda.device_count())
+    for backend in ["gloo"] + ["nccl"] * (torch.cuda.device_count() > 1 and dist.is_nccl_available()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(n))
-        started = [subprocess.Popen([sys.executable, "-c", PAIR, backend], env=dict(env, RANK=str(r)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-                   for r in range(n)]
+            env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+        pair = [subprocess.Popen([sys.executable, "-c", PAIR, backend], env=dict(env, RANK=str(r)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                for r in range(2)]
         try:
-            said = [p.communicate(timeout=30)[1] for p in started]
+            said = "".join(p.communicate(timeout=30)[1] for p in pair)
         except subprocess.TimeoutExpired:
-            said = ["no answer within 30 s"]
+            said = "no answer within 30 s"
         finally:
-            for p in started:
+            for p in pair:
                 p.kill()
                 p.wait()
-        bad = any(p.returncode for p in started)
-        yield "FAIL" if bad and (s.nproc or torch.cuda.device_count()) > 1 else "note" if bad else "ok", backend, (
-            f"{n} process{'es'[:2 * n - 2]} on this machine " + (f"failed: {next(x for x in said if x).strip().splitlines()[-1][:200]}; train with --nproc 1" if bad else "add up"))
+        if any(p.returncode for p in pair):
+            yield "FAIL" if processes(s) > 1 else "note", backend, f"2 processes on this machine failed: {(said.strip() or '?').splitlines()[-1][:200]}; train with --nproc 1"
+        else:
+            yield "ok", backend, "2 processes on this machine add up"
 
 
-def check_weights(s, script, device, folder):
+def check_scores(s, script, device, folder):
     import fid
     try:
         yield "ok", "FID weights", str(fid.find_weights(download=False))
     except fid.FidError as e:
-        yield "note", "FID weights", f"{e}; --fid-features random needs none"
+        yield "FAIL" if s.fid_every and s.fid_features == "inception" else "note", "FID weights", f"{e}; --fid-features random needs none"
+    if s.fid_every and s.fid_data:
+        yield "ok", "scores", f"against {len(list_images(s.fid_data))} images of {s.fid_data}"
 
 
 def check_data(s, script, device, folder):
-    """Opens the images for at most 15 s; yields, and leaves their number in s.images."""
+    """Opens at most 1000 images, evenly spread; leaves the number of all in s.images."""
     s.images = 500
     if not s.data:
         yield "note", "data", "no --data: 500 synthetic images, drawn by crop_codebrim.py; good for a first look only"
         return
-    files, begin, bad, small, done = list_images(s.data), time.monotonic(), [], 0, 0
-    classes = sorted({c for _, c in files if c})
-    if script.conditional and (len(classes) < 2 or any(c is None for _, c in files)):
-        yield "FAIL", "data", f"{s.data}: {script.name} needs every image in one of two or more class folders; there are {len(classes)}"
+    files = list_images(s.data)
+    some, classes = files[::math.ceil(len(files) / 1000)], {c for _, c in files}
+    if script.conditional and (len(classes) < 2 or None in classes):
+        yield "FAIL", "data", f"{s.data}: {script.name} needs every image in one of two or more class folders; there are {len(classes - {None})}"
 
     def one(path):
         try:
@@ -3147,26 +3135,21 @@ def check_data(s, script, device, folder):
         except Exception:
             return path
     with ThreadPoolExecutor(min(8, cores())) as pool:
-        while done < len(files) and time.monotonic() - begin < 15:
-            for r in pool.map(one, [p for p, _ in files[done:done + 200]]):
-                done, small = done + 1, small + (r is True)
-                if isinstance(r, Path):
-                    bad.append(r)
+        found = list(pool.map(one, [path for path, _ in some]))
+    bad = [path for path in found if isinstance(path, Path)]
     s.images = len(files) - len(bad) * s.skip_bad
-    text = f"{len(files)} images of {s.data}" + (f" in {len(classes)} class{'es'[:2 * len(classes) - 2]}" if classes else "")
-    text += f", {s.images * 3 * s.image_size ** 2 / 2 ** 20:.0f} MB at {s.image_size}x{s.image_size}"
-    if done < len(files):
-        text += f"; only {done} were opened, within 15 s"
-    yield "ok" if done == len(files) else "note", "data", text
+    yield "ok" if some == files else "note", "data", (
+        f"{len(files)} images of {s.data}" + (f" in {len(classes)} classes" if script.conditional else "")
+        + f", {s.images * 3 * s.image_size ** 2 / 2 ** 20:.0f} MB at {s.image_size}x{s.image_size}" + ("" if some == files else f"; {len(some)} of them were opened"))
     if bad:
         yield "note" if s.skip_bad else "FAIL", "data", f"{len(bad)} unreadable, such as {', '.join(map(str, bad[:3]))}" + ("" if s.skip_bad else " (mend or remove them, or --skip-bad)")
-    if small:
-        yield "note", "data", f"{small} images have a side below {s.image_size} and are enlarged"
+    if True in found:
+        yield "note", "data", f"{found.count(True)} images have a side below {s.image_size} and are enlarged"
     if s.images < s.batch_size:
         yield "FAIL", "data", f"{s.images} images are fewer than one batch (--batch-size {s.batch_size})"
 
 
-def check_cycle(s, script, device, folder):
+def check_training(s, script, device, folder):
     """Train, save, resume and sample for real, with at most two groups and random images; the sizes of what was written go to s.sizes."""
     t = argparse.Namespace(**{**vars(s), "groups": min(s.groups, 2), "data": str(folder / "data"), "epochs": None, "max_seconds": None, "fid_every": None,
                               "nproc": None, "resume": False, "log_every": 1, "sample_every": 10 ** 9, "save_every": 10 ** 9, "device": str(device)})
@@ -3182,27 +3165,23 @@ def check_cycle(s, script, device, folder):
             train(t, script, set(), {}, lock)
         return load_file(folder / out / "checkpoint.pt")
     go("timed", 2)
-    lines = (folder / "timed" / "log.jsonl").read_bytes().splitlines()
-    at = [json.loads(x)["seconds"] for x in lines]
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = read_lines(folder / "timed" / "log.jsonl")
+    step, peak = lines[1]["seconds"] - lines[0]["seconds"], peak_memory(device)      # the first step also warms up
     size = lambda name: (folder / "timed" / name).stat().st_size
-    s.sizes = {k: v / t.groups for k, v in dict(checkpoint=size("checkpoint.pt"), picture=size("samples/step_000002.png"), line=len(lines[-1]) + 1).items()}
-    s.sizes["generator"] = size("G1.pt")
-    step = at[1] - at[0]                                            # the first also warms up
-    count = f"{t.groups} group{'s'[:t.groups - 1]}"
-    yield "ok", "training", (f"{script.name}, {count} of {s.groups}: {step:.3g} s a step (batch {t.batch_size}, {t.image_size}x{t.image_size})"
+    s.sizes = {"checkpoint": size("checkpoint.pt") / t.groups, "picture": size("samples/step_000002.png") / t.groups,
+               "line": size("log.jsonl") / len(lines) / t.groups, "generator": size("G1.pt")}
+    yield "ok", "training", (f"{script.name}, {t.groups} of {s.groups} groups: {step:.3g} s a step (batch {t.batch_size}, {t.image_size}x{t.image_size})"
                              + (f", peak memory {peak / 2 ** 30:.2f} GB" if peak else "")
                              + f"; {s.steps} steps of {s.groups} groups one after the other take {span(step / t.groups * s.groups * s.steps)}")
     t.batch_size = min(t.batch_size, 4)                             # for these six steps it need not be full
     whole = go("whole", 3)
     go("parts", 2)
-    flat = lambda x, at="": {at: x} if not isinstance(x, (dict, list)) else {
-        k: v for key, sub in (x.items() if isinstance(x, dict) else enumerate(x)) for k, v in flat(sub, f"{at}/{key}").items()}
-    a, b = flat(whole), flat(go("parts", 3, resume=True))
-    same = a.keys() == b.keys() and all(torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k] for k, v in a.items())
-    yield "ok" if same else "note" if device.type == "cuda" else "FAIL", "resume", (
-        f"saved after 2 steps, resumed to 3: {'bit for bit' if same else 'not bit for bit'} the checkpoint of 3 steps at one go"
-        + ("" if same or device.type != "cuda" else " (promised on the CPU only)"))
+    a, b = map(torch.utils._pytree.tree_flatten, (whole, go("parts", 3, resume=True)))
+    if a[1] == b[1] and all(map(np.array_equal, a[0], b[0])):
+        yield "ok", "resume", "saved after 2 steps, resumed to 3: bit for bit the checkpoint of 3 steps at one go"
+    else:
+        yield ("note" if device.type == "cuda" else "FAIL", "resume",
+               "saved after 2 steps, resumed to 3: not bit for bit the checkpoint of 3 steps at one go (promised on the CPU only)")
     t.sample, t.out = 2, str(folder / "whole")
     with contextlib.redirect_stdout(io.StringIO()):
         sample(t, script)
@@ -3211,7 +3190,7 @@ def check_cycle(s, script, device, folder):
 
 
 def check_out(s, script, device, folder):
-    """Room in --out against what the whole run writes: sizes of check_cycle times the settings."""
+    """Room in --out against what the whole run writes: sizes of check_training times the settings."""
     out = Path(s.out)
     place = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -3223,25 +3202,26 @@ def check_out(s, script, device, folder):
         yield "note", "out", "room not checked, as training failed"
         return
     steps = s.steps if s.epochs is None else math.ceil(s.epochs * s.images / (s.batch_size * s.n_critic))
-    z, n = s.sizes, s.groups
-    need = (2 * z["checkpoint"] * n + z["generator"] * (n + 1) + z["picture"] * n * (2 + steps // s.sample_every) + z["line"] * n * (1 + steps // s.log_every))
+    z, free = s.sizes, shutil.disk_usage(place).free
+    need = z["generator"] + s.groups * (z["generator"] + 2 * z["checkpoint"] + z["picture"] * (2 + steps // s.sample_every) + z["line"] * (1 + steps // s.log_every))
     if s.fid_every:
-        need += z["generator"] * n + s.images * 4 * 2048
-    free = shutil.disk_usage(place).free
-    yield "FAIL" if free < need else "ok", "out", (f"{out}: {free / 2 ** 30:.2f} GB free; {steps} steps write {need / 2 ** 30:.2f} GB at most, of it the checkpoint "
-                                                   f"{z['checkpoint'] * n / 2 ** 20:.0f} MB, twice while it is replaced"
-                                                   + ("; free some, or name another disk with --out" if free < need else ""))
+        need += z["generator"] * s.groups + s.images * 4 * 2048
+    yield "FAIL" if free < need else "ok", "out", (
+        f"{out}: {free / 2 ** 30:.2f} GB free; {steps} steps write {need / 2 ** 30:.2f} GB at most, of it the checkpoint "
+        f"{z['checkpoint'] * s.groups / 2 ** 20:.0f} MB, twice while it is replaced"
+        + ("; free some, or name another disk with --out" if free < need else ""))
 
 
 def check(s, script):
     """Print a line for everything a run with these settings needs, then "ready" or "not ready: ..."; returns the exit status, 0 or 1."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or exports(s) or s.benchmark or asked(s):
-        raise UserError("--check looks at one machine from one process and before a run: python okd_train.py --check, without torchrun, --benchmark, --sample or pictures")
-    failed, device, keep = [], torch.device("cpu"), logging.root.manager.disable
+    if exports(s) or s.benchmark or asked(s):
+        raise UserError("--check looks at a machine before a run: give it without --benchmark, --sample, --per-class or pictures")
+    failed, device, level = {}, torch.device("cpu"), logging.root.manager.disable
 
     def tell(state, what, detail):
         print(f"{state:4}  {what:12}  {one_line(detail)}", flush=True)
-        failed.extend([what] * (state == "FAIL" and what not in failed))
+        if state == "FAIL":
+            failed[what] = True
     try:
         device = pick_device(s.device)
     except UserError as e:
@@ -3249,15 +3229,15 @@ def check(s, script):
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="okd_check_") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for look in (check_packages, check_devices, check_attention, check_processes, check_weights, check_data, check_cycle, check_out):
+        for look in (check_packages, check_devices, check_attention, check_processes, check_scores, check_data, check_training, check_out):
             try:
                 for line in look(s, script, device, Path(folder)):
                     tell(*line)
             except (Exception, SystemExit) as e:
                 if getattr(e, "code", None) in (130, 143):          # Ctrl-C while it trained
                     raise
-                tell("FAIL", look.__name__[6:], f"{type(e).__name__ if not isinstance(e, UserError) else ''} {e}".strip())
-    logging.disable(keep)
+                tell("FAIL", look.__name__[6:], e if isinstance(e, UserError) else f"{type(e).__name__} {e}")
+    logging.disable(level)
     print(f"Not checked: {s.groups} groups at once in memory, other machines, and how fast {'several GPUs are' if device.type == 'cuda' else 'it is while other programs run'}.")
     print(f"not ready: {', '.join(failed)}" if failed else "ready")
     return int(bool(failed))
@@ -3286,8 +3266,7 @@ def launch(n, argv, device, hint):
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     os.environ[OUTER] = agent()
     for name in list(os.environ):                                   # an outer torchrun's, which would mislead the inner one
-        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
-                    "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT") or name.startswith("TORCHELASTIC_"):
+        if re.fullmatch("((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*", name):
             del os.environ[name]
     if device == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
@@ -3310,6 +3289,9 @@ def launch(n, argv, device, hint):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):
+        alone = [flag for flag in ("check", "benchmark", *PICTURES) if getattr(s, flag)]
+        if alone and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"--{alone[0].replace('_', '-')} is done by one process: start it with python, not with torchrun")
         sys.stdout.reconfigure(errors="backslashreplace")           # file names need not be text
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)       # decode() refuses what this warns of
     try:

@@ -1,4 +1,4 @@
-"""A hostile or failing world: full disks, two runs in one folder, data that changes, files made to harm, settings edited by hand; and --check."""
+"""A hostile or failing world: full disks, two runs in one folder, data that changes, files made to harm, settings edited by hand; and --check and --benchmark."""
 import contextlib
 import errno
 import io
@@ -372,7 +372,8 @@ def test_hostile_checkpoints(base, tmp_path, capsys, monkeypatch):
             new.writestr(name, old.read(name))
     assert "cut short" in refused(capsys, *base, "--resume", "--steps", "4")
     key = next(iter(G["state_dict"]))
-    for words, d in (("is cut short", {**G, "bomb": Bomb()}), ("not a generator", [1]), ("not a generator", {"model": "sagan"}), ("does not fit", {**G, "kwargs": 3}),
+    for words, d in (("is cut short", {**G, "bomb": Bomb()}), ("not a generator", [1]), ("not a generator", {"model": "sagan"}), ("not a generator", {k: v for k, v in G.items() if k != "step"}),
+                     ("does not fit", {**G, "kwargs": 3}),
                      ("does not fit", {**G, "kwargs": {"ch": "wide"}}), ("does not fit", {**G, "state_dict": None}),
                      ("not finite", {**G, "state_dict": {**G["state_dict"], key: G["state_dict"][key] / 0}})):
         torch.save(d, out / "G1.pt")
@@ -444,8 +445,8 @@ def test_hostile_images(hostile_images, photos, tmp_path, capsys, monkeypatch):
     (lambda a: a.update(agents=5), "agents is not a list"),
     (lambda a: a.pop("data_digest"), "data_digest is missing"),
     (lambda a: a.update(model=3), "model is missing or not a str"),
-    (lambda a: a.update(model="no/such.py"), "no model script"),
-    (lambda a: a.update(model=""), "no model script"),
+    (lambda a: a.update(model="no/such.py", script="gone/such.py"), "no model script 'no/such.py'"),
+    (lambda a: a.update(model="", script=""), "no model script"),
     (lambda a: a.update(images="many"), "images is missing or not a int"),
 ])
 def test_args_json_edited_by_hand(change, words, finished, tmp_path, capsys):
@@ -635,7 +636,7 @@ def test_check_on_a_machine_that_is_ready(photos, tmp_path, capsys, monkeypatch)
     assert {"python", "packages", "cpu", "device", "attention", "gloo", "FID weights", "data", "training", "resume", "sampling", "out"} <= table.keys()
     assert table["gloo"] == [("ok", "2 processes on this machine add up")] and "bit for bit" in table["resume"][0][1] and table["resume"][0][0] == "ok"
     assert "17 images" in table["data"][0][1] and "2 classes" in table["data"][0][1] and table["data"][1] == ("note", "1 images have a side below 32 and are enlarged")
-    assert "2 groups of 3" in table["training"][0][1] and "a step" in table["training"][0][1]
+    assert "2 of 3 groups" in table["training"][0][1] and "a step" in table["training"][0][1]
 
 
 def test_check_counts_what_a_run_writes(photos, tmp_path, capsys, no_pair, monkeypatch):
@@ -661,7 +662,7 @@ def test_check_counts_what_a_run_writes(photos, tmp_path, capsys, no_pair, monke
     ("nowhere", "data", "no such folder"), ("bad", "data", "1 unreadable, such as"), ("few", "data", "are fewer than one batch"), ("loose", "data", "class folders"),
     ("device", "device", "--device cuda:99"), ("run", "out", "already holds a run"), ("file", "out", "no folder that can be written to"),
     ("attention", "attention", "the kernels are wrong"), ("resume", "resume", "not bit for bit"), ("old", "numpy", "is older than"), ("missing", "pillow", "not installed; needed"),
-    ("sampling", "sampling", "1 of 2 images")])
+    ("sampling", "sampling", "1 of 2 images"), ("weights", "FID weights", "none.pth"), ("reals", "scores", "no such folder")])
 def test_check_says_what_is_missing(case, what, words, photos, finished, tmp_path, capsys, no_pair, monkeypatch):
     data, argv = photos, []
     if case == "nowhere":
@@ -681,6 +682,9 @@ def test_check_says_what_is_missing(case, what, words, photos, finished, tmp_pat
     elif case == "file":
         (tmp_path / "file").write_text("x")
         argv = ["--out", tmp_path / "file" / "run"]
+    elif case in ("weights", "reals"):
+        monkeypatch.setenv("FID_WEIGHTS", str(tmp_path / "none.pth"))
+        argv = ["--fid-every", "5", *(["--fid-features", "random", "--fid-data", tmp_path / "nowhere"] if case == "reals" else [])]
     elif case == "attention":
         import kernels.attention
         monkeypatch.setattr(kernels.attention, "self_attention", lambda q, k, v, **_: (torch.softmax(q.transpose(1, 2) @ k, 1) @ v.transpose(1, 2)).transpose(1, 2))
@@ -711,6 +715,27 @@ def test_check_names_a_pair_of_processes_that_fails(photos, tmp_path, capsys, mo
 
 
 def test_check_is_for_one_process_before_a_run(base, capsys, monkeypatch):
-    assert "--sample or pictures" in refused(capsys, *base, "--check", "--sample", "3")
+    for more in (["--sample", "3"], ["--per-class", "Crack=3"]):
+        assert "give it without --benchmark, --sample" in refused(capsys, *base, "--check", *more)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "without torchrun" in refused(capsys, *base, "--check")
+    assert "not with torchrun" in refused(capsys, *base, "--check")
+
+
+# ---------------------------------------------------------------------------------------------- --benchmark
+def test_benchmark_adds_up(photos, capsys, monkeypatch):
+    """Every model, one and two groups: the phases are those of the step, and what a step computes grows with the batch."""
+    flops = {}
+    for argv in (["--groups", "1"], ["--groups", "2", "--batch-size", "8"], ["--model", "acgan", "--groups", "2"]):
+        okd_train.main(["--benchmark", "3", "--json", "--data", str(photos), *TINY, *argv])
+        r = json.loads(capsys.readouterr().out)
+        assert set(r["phase_seconds"]) == {"inputs", "generators forward", "discriminators", "generators learning", "Adam", "averages", "rest"} | ({"connectors"} if r["groups"] > 1 else set())
+        assert 0.3 < sum(v[1] for v in r["phase_seconds"].values()) / r["step_seconds"] < 3 and r["eager_seconds"][0] <= r["eager_seconds"][1] <= r["eager_seconds"][2]
+        assert 1e6 < r["peak_memory_bytes"] < 1e11 and 0 < r["floor_share"] < 1 and r["seconds_for_50000_steps"] == 50000 * r["step_seconds"]
+        flops[r["model"], r["groups"]] = r["flops_per_step"]
+    assert flops["sagan", 2] > 4 * flops["sagan", 1]                # twice the groups, twice the batch, and connectors
+    monkeypatch.setattr(okd_train, "resource", None)                # where the system does not say how much memory there was
+    okd_train.main(["--benchmark", "1", "--data", str(photos), *TINY, "--groups", "1"])
+    text = capsys.readouterr().out
+    assert "peak memory" not in text and "The paper's 50,000 steps take" in text
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--benchmark is done by one process" in refused(capsys, "--benchmark", "--data", photos, *TINY)
