@@ -45,6 +45,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 import uuid
 import warnings
 import zipfile
@@ -54,7 +55,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont
 from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,7 +99,7 @@ FORMAT = "okd-gan 1"            # of checkpoint.pt
 LIMITS = dict(groups=(1, 1000), steps=(1, 10 ** 12), batch_size=(1, 10 ** 6), n_critic=(1, 1000), image_size=(4, 4096), z_dim=(1, 10 ** 6),
               log_every=(1, None), sample_every=(1, None), save_every=(1, None), fid_every=(1, None), rho=(0, None), g_lr=(0, None), d_lr=(0, None),
               c_lr=(0, None), seed=(0, None), n_classes=(1, 10 ** 5), sample=(1, 10 ** 7), fid_samples=(4, 10 ** 7), nproc=(1, 1024), benchmark=(1, 10 ** 6),
-              interpolate=(2, 10 ** 5))
+              interpolate=(2, 1000))
 NONE_BY_DEFAULT = dict(data=str, epochs=float, max_seconds=float, device=str, fid_every=int, fid_samples=int, fid_data=str,
                        precision=str)                                # flags without a default
 MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc", "cuda_graph",
@@ -1190,37 +1191,45 @@ def probe(script, s, group):
 
 
 # ---------------------------------------------------------------------------------------------- pictures
-def to_uint8(x):
-    """float (n, 3, H, W) in [-1, 1] -> uint8 (n, H, W, 3) on the CPU."""
-    return x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def grid(blocks, columns):
-    """blocks: list of (name, uint8 (n, H, W, 3)) -> one picture, every block in rows of `columns` with its name beside it."""
-    size = blocks[0][1].shape[1]
-    zoom = max(1, 64 // size)
-    size *= zoom
-    gap, margin = 2, 14 + 6 * max(len(name) for name, _ in blocks)
-    rows = [math.ceil(len(a) / columns) for _, a in blocks]
-    height = sum(rows) * (size + gap) + (len(blocks) - 1) * 4 * gap + gap
-    sheet = Image.new("RGB", (margin + columns * (size + gap), height), "white")
-    pen, y = ImageDraw.Draw(sheet), gap
-    for (name, images), n in zip(blocks, rows):
-        pen.text((6, y + n * (size + gap) // 2 - 6), name, fill="black")
-        for k, a in enumerate(images):
-            place = (margin + k % columns * (size + gap), y + k // columns * (size + gap))
-            sheet.paste(Image.fromarray(a).resize((size, size), Image.Resampling.NEAREST), place)
-        y += n * (size + gap) + 4 * gap
-    return sheet
-
-
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")     # Okabe and Ito: told apart by colour-blind people too
 DASHES = (0, 7, 3, 12)          # pixels on and off; 0 is solid
 
 
 @functools.cache
 def font(size):
-    return ImageFont.load_default(size)
+    with contextlib.suppress(ImportError):
+        return ImageFont.load_default(size)
+    return ImageFont.load_default()                                 # Pillow without FreeType has one size
+
+
+def legible(text):
+    """Text in the letters that Pillow's own font has, which are ASCII's: accents go, any other letter becomes its code."""
+    plain = unicodedata.normalize("NFKD", one_line(text))
+    return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "backslashreplace").decode()
+
+
+def to_uint8(x):
+    """float (n, 3, H, W) in [-1, 1] -> uint8 (n, H, W, 3) on the CPU."""
+    return x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(blocks, columns, words=""):
+    """blocks: list of (name, uint8 (n, H, W, 3)) -> one picture, every block in rows of `columns` with its name beside it, below `words`."""
+    size = blocks[0][1].shape[1]
+    size *= max(1, 64 // size)
+    gap, margin = 2, 14 + math.ceil(max(font(11).getlength(legible(name)) for name, _ in blocks))
+    rows = [math.ceil(len(a) / columns) for _, a in blocks]
+    y = 16 * len(words.splitlines()) + gap
+    sheet = Image.new("RGB", (margin + columns * (size + gap), y + sum(rows) * (size + gap) + (len(blocks) - 1) * 4 * gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((6, 2), words, "#333333", font(12))
+    for (name, images), n in zip(blocks, rows):
+        pen.text((6, y + n * (size + gap) // 2), legible(name), "black", font(11), anchor="lm")
+        for k, a in enumerate(images):
+            place = (margin + k % columns * (size + gap), y + k // columns * (size + gap))
+            sheet.paste(Image.fromarray(a).resize((size, size), Image.Resampling.NEAREST), place)
+        y += n * (size + gap) + 4 * gap
+    return sheet
 
 
 def ticks(low, high, most=6):
@@ -1271,6 +1280,7 @@ class Plot:
         self.sheet = Image.new("RGB", (2 * width, 2 * height), "white")
         self.inside = Image.new("RGB", (2 * self.w, 2 * self.h), "white")           # of its own: lines end at the frame
         self.pen, pen = ImageDraw.Draw(self.inside), ImageDraw.Draw(self.sheet)
+        title = legible(title)
         pen.text((2 * self.LEFT, 16), title, "black", font(26))
         pen.text((2 * self.LEFT + pen.textlength(title, font(26)) + 16, 20), about, "#555555", font(21))
         at = ticks(*ylim)
@@ -1309,7 +1319,7 @@ class Plot:
         """The same, thin and pale (1: white); where lines cross their colours mix, so that the last does not hide the others."""
         layer = Image.new("RGB", self.inside.size, "white")
         self.pen = ImageDraw.Draw(layer)
-        self.line(x, y, Image.blend(*(Image.new("RGB", (1, 1), c) for c in (colour, "white")), pale).getpixel((0, 0)), 1)
+        self.line(x, y, tuple(round(c + pale * (255 - c)) for c in ImageColor.getrgb(colour)), 1)
         self.inside.paste(ImageChops.multiply(self.inside, layer))
         self.pen = ImageDraw.Draw(self.inside)
 
@@ -1332,38 +1342,24 @@ def generate(G, z, y=None, chunk=CHUNK):
 
 
 def sample_grid(trainer, path):
-    """Every group's averaged generator on the same fixed z: a block of rows per group."""
-    s, columns = trainer.s, 10
-    rows = min(s.n_classes, 10) if trainer.conditional else 2
-    z = draw(s.seed, 0, 0, "grid", "normal", (columns if trainer.conditional else columns * rows, s.z_dim))
-    y = torch.arange(rows).repeat_interleave(columns) if trainer.conditional else None
-    z = z.repeat(rows, 1) if trainer.conditional else z
+    """Every group's averaged generator on the same fixed z: two rows of ten per group, or a row in each of the first ten classes."""
+    s, names = trainer.s, trainer.data.classes[:10]
+    z, y = draw(s.seed, 0, 0, "grid", "normal", (10 if names else 20, s.z_dim)), None
+    if names:
+        z, y = z.repeat(len(names), 1), torch.arange(len(names)).repeat_interleave(10)
     images = trainer.ranks.collect({g.i: generate(g.ema, z, y) for g in trainer.groups})
-    if images is None:
-        return
-    blocks = [(f"G{i}", images[i]) for i in sorted(images)]
-    save_image(grid(split_rows(blocks, trainer.data.classes, columns), columns), path)
-
-
-def split_rows(blocks, classes, columns):
-    """Conditional pictures get a row per class, named beside it."""
-    if not classes:
-        return blocks
-    return [(f"{name} {classes[k // columns]}", a[k:k + columns]) for name, a in blocks for k in range(0, len(a), columns)]
+    if images is not None:
+        parts = [(f"G{i}  {name}", images[i][10 * k:10 * k + 10]) for i in sorted(images) for k, name in enumerate(names)]
+        save_image(grid(parts or [(f"G{i}", images[i]) for i in sorted(images)], 10), path)
 
 
 def real_grid(trainer, path):
     """Real images in the layout of sample_grid."""
-    data, columns = trainer.data, 10
+    data = trainer.data
     pick = draw(trainer.s.seed, 0, 0, "real grid", "permutation", len(data.images))
-    labels = data.labels.cpu()
-    if data.classes:
-        pick = torch.cat([pick[labels[pick] == c][:columns] for c in range(min(len(data.classes), 10))])
-        blocks = [(data.classes[c], to_hwc(data.images[pick[labels[pick] == c]])) for c in range(min(len(data.classes), 10))
-                  if (labels[pick] == c).any()]
-    else:
-        blocks = [("real", to_hwc(data.images[pick[:2 * columns]]))]
-    save_image(grid(blocks, columns), path)
+    labels = data.labels.cpu()[pick]
+    rows = [(name, pick[labels == c][:10]) for c, name in enumerate(data.classes[:10])] or [("real", pick[:20])]
+    save_image(grid([(name, to_hwc(data.images[k])) for name, k in rows if len(k)], 10), path)
 
 
 def to_hwc(images):
@@ -1507,6 +1503,10 @@ def cut_log(path, step, log_every):
             at = json.loads(line)["step"]
             if at <= step and at % max(1, log_every) == 0:
                 kept.append(line + b"\n")
+    with replacing(path) as f:
+        f.write(b"".join(kept))
+
+
 def read_lines(path, numbers=(), most=math.inf):
     """Objects of a .jsonl file with a whole step and a number at each of `numbers`: at most about `most`, evenly thinned; [] without the file.
 
@@ -1530,10 +1530,6 @@ def read_lines(path, numbers=(), most=math.inf):
 def score_lines(out, groups=1):
     """Lines of fid.jsonl that have a score of each group."""
     return read_lines(out / "fid.jsonl", [f"G{i}" for i in range(1, groups + 1)])
-
-
-    with replacing(path) as f:
-        f.write(b"".join(kept))
 
 
 # ---------------------------------------------------------------------------------------------- one run, one trainer
@@ -1731,11 +1727,11 @@ def parse(argv):
             group.add_argument(flag, default=value, help=text, **kind)
         except argparse.ArgumentError as e:                         # x=True brings --no-x too
             raise UserError(f"{script.path}: hparams has {key!r}, whose flag {' '.join(e.message.split())}") from None
-    s.model = model
     s = p.parse_args(argv)
     for action in p._actions:                                       # a second pass without defaults tells what was named
         action.default = argparse.SUPPRESS
     named = set(vars(p.parse_args(argv)))
+    s.model = model
     return s, script, named
 
 
@@ -2458,8 +2454,8 @@ def write_manifest(s, plan, counts, path):
 
 # ---------------------------------------------------------------------------------------------- pictures of a run
 POINTS = ((0.3, 0.3), (0.45, 0.8), (0.8, 0.45))     # (down, right) as shares of the picture: the positions whose attention is shown
-ABOUT = {"loss": "loss of the {}", "d_w": "E D(real) - E D(fake)", "c_w": "E C(neighbour) - E C(own)", "grad_norm": "mean gradient norm, aim 1",
-         "accuracy": "share of classes named right", "class_loss": "cross-entropy of classes", "gamma": "weight of attention, {}"}
+ABOUT = {"loss": "loss of the {}", "d_w": "mean D(real) - mean D(fake)", "c_w": "mean C(neighbour) - mean C(own)", "grad_norm": "mean gradient norm, aim 1",
+         "accuracy": "share of images whose class is named right", "class_loss": "cross-entropy of classes", "gamma": "weight of attention, {}"}
 ROLES = {"d": "discriminator", "c": "connector", "g": "generator"}
 
 
@@ -2476,67 +2472,61 @@ def column(lines, get):
 
 
 def curves(out, name):
-    """Everything in log.jsonl and fid.jsonl over steps: a panel per quantity, networks side by side, one colour per group."""
-    lines, scores = read_lines(out / "log.jsonl"), read_lines(out / "fid.jsonl")
-    x, known, n_groups = column(lines, lambda line: line["step"]), {}, 0           # known: {(quantity, role): number of its layers}
+    """Everything in log.jsonl and fid.jsonl over steps -> picture: a panel per quantity, networks side by side, one colour per group."""
+    lines, scores, known, n_groups = read_lines(out / "log.jsonl", most=4000), score_lines(out), {}, 0      # known: {(quantity, role): lines of a group}
     for line in lines:                                              # whatever any line has
-        for i, group in enumerate(line.get("groups", ()), 1):
-            n_groups = max(n_groups, i)
-            for k, v in group.items():
-                if k == "gamma":
-                    known.update({(k, role.lower()): len(layers) for role, layers in v.items()})
-                elif k[:1] in ROLES and k[1:2] == "_":
-                    known[k[2:], k[0]] = 0
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            for n_here, group in enumerate(line["groups"], 1):
+                n_groups = max(n_groups, n_here)
+                known.update({(k[2:], k[0]): 1 for k in group if k[:1] in ROLES and k[1:2] == "_"})
+                known.update({("gamma", role.lower()): len(layers) for role, layers in group.get("gamma", {}).items() if layers and role in "DCG"})
     if not known:
         raise UserError(f"{out / 'log.jsonl'} has no line yet: nothing to draw")
     quantities = sorted({q: None for q, _ in known}, key=lambda q: q == "gamma")    # in the log's order, gamma last
     roles = [r for r in ROLES if any(r == role for _, role in known)]
-    width = int(len(x) ** 0.5) | 1 if len(x) >= 16 else 1
-    end = 1.02 * max(1, x.max(), *(line["step"] for line in scores))
+    groups, w, h, top = range(1, n_groups + 1), 430, 220, 54
+    at = [column(x, lambda line: line["step"]) for x in (lines, scores)]
+    mean_of = int(len(lines) ** 0.5) | 1 if len(lines) >= 16 else 1
+    end = 1.02 * max(1, *at[0], *at[1])
     hue = lambda i: COLOURS[(i - 1) % len(COLOURS)]
     dash = lambda i, layer=0: DASHES[((i - 1) // len(COLOURS) + layer) % len(DASHES)]
 
-    def panel(quantity, role):
-        key, layers, drawn = f"{role}_{quantity}", known[quantity, role], []
-        for i in range(1, n_groups + 1):
-            for layer in range(layers or 1):
-                y = column(lines, (lambda line: line["groups"][i - 1]["gamma"][role.upper()][layer]) if layers else (lambda line: line["groups"][i - 1][key]))
-                drawn.append((i, layer, y, smooth(y, width)))
-        about = ABOUT.get(key, ABOUT.get(quantity, "")).format(ROLES[role]) + (", dashes: layers 2 on" if layers > 1 else "")
-        limits = (-0.02, 1.02) if quantity == "accuracy" else y_limits([(y, mean) for _, _, y, mean in drawn])
-        plot = Plot(430, 220, f"gamma {role.upper()}" if layers else key, about, (0, end), limits)
-        if quantity == "grad_norm":
+    def panel(title, about, x, rows, width, limits=None):
+        """rows: [(y, colour, dash)]; faint as they are and bold as means over `width` of them."""
+        means = [smooth(y, width) for y, _, _ in rows]
+        low, high = limits or y_limits([(y, mean) for (y, _, _), mean in zip(rows, means)])
+        plot = Plot(w, h, title, about, (0, end), (low, high))
+        if title.endswith("grad_norm"):
             plot.line(np.array([0, end]), np.array([1.0, 1.0]), "#888888", 1, 3)
-        if width > 1:
-            for i, _, y, _ in drawn:
-                plot.faint(x, y, hue(i), 1 - 0.6 / max(n_groups, 2.4))
-        for i, layer, _, mean in drawn:
-            plot.line(x, mean, hue(i), 2, dash(i, layer))
-        values = np.concatenate([y[np.isfinite(y)] for _, _, y, _ in drawn])
-        if len(values) and values.max() > limits[1]:
+        for y, colour, _ in rows if width > 1 else ():
+            plot.faint(x, y, colour, 1 - 0.6 / max(n_groups, 2.4))
+        for (_, colour, style), mean in zip(rows, means):
+            plot.line(x, mean, colour, 2, style, dots=len(x) <= 20 and not style)
+        values = np.concatenate([y[np.isfinite(y)] for y, _, _ in rows])
+        if (values > high).any():
             plot.pen.text((2 * plot.w - 8, 4), f"max {values.max():.3g}", "#555555", font(20), anchor="rt")
-        if len(values) and values.min() < limits[0]:
+        if (values < low).any():
             plot.pen.text((2 * plot.w - 8, 2 * plot.h - 4), f"min {values.min():.3g}", "#555555", font(20), anchor="rb")
         return plot.image()
 
-    def score_panel():
-        at, drawn = column(scores, lambda line: line["step"]), {k: column(scores, lambda line: line[k]) for k in
-                                                                (*(f"G{i}" for i in range(1, n_groups + 1)), "union", "floor")}
-        plot = Plot(430, 220, str(scores[-1].get("score", "score")), "lower is better; dotted: union, dashed: floor", (0, end), y_limits([(y, y) for y in drawn.values()]))
-        for k, colour, style in (("floor", "#888888", 7), ("union", "#000000", 3)):
-            plot.line(at, drawn.pop(k), colour, 2, style)
-        for i, y in enumerate(drawn.values(), 1):
-            plot.line(at, y, hue(i), 2, dash(i), dots=len(at) <= 20)
-        return plot.image()
-
-    cells = {(row, roles.index(r)): panel(q, r) for row, q in enumerate(quantities) for r in roles if (q, r) in known}
+    cells = {}                                                      # {(row, column): picture}
+    for q, r in known:
+        key, n = f"{r}_{q}", known[q, r]
+        get = lambda group, layer: group["gamma"][r.upper()][layer] if q == "gamma" else group[key]
+        rows = [(column(lines, lambda line: get(line["groups"][i - 1], layer)), hue(i), dash(i, layer)) for i in groups for layer in range(n)]
+        about = ABOUT.get(key, ABOUT.get(q, "")).format(ROLES[r]) + (", dashes: layers 2 on" if n > 1 else "")
+        title, limits = f"gamma {r.upper()}" if q == "gamma" else key, (-0.02, 1.02) if q == "accuracy" else None
+        cells[quantities.index(q), roles.index(r)] = panel(title, about, at[0], rows, mean_of, limits)
     if scores:
-        cells[next((row, k) for row in range(len(quantities) + 1) for k in range(len(roles)) if (row, k) not in cells)] = score_panel()
-    w, h, top = 430, 220, 54
-    sheet = Image.new("RGB", (max(640, (1 + max(k for _, k in cells)) * w + 8), top + (1 + max(row for row, _ in cells)) * h), "white")
+        rows = [(column(scores, lambda line: line[k]), *style) for k, *style in
+                (("floor", "#888888", 7), ("union", "#000000", 3), *((f"G{i}", hue(i), dash(i)) for i in groups))]
+        free = next((row, k) for row in range(len(quantities) + 1) for k in range(len(roles)) if (row, k) not in cells)
+        cells[free] = panel(str(scores[-1].get("score", "score")), "lower is better; dotted: union, dashed: floor", at[1], rows, 1)
+    sheet = Image.new("RGB", (max(640, 12 + 52 * n_groups, (1 + max(k for _, k in cells)) * w + 8), top + (1 + max(row for row, _ in cells)) * h), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((12, 8), f"{name}, step {x[-1]:.0f}. Horizontal: steps." + (f" Bold: mean over {width} of the {len(x)} points that are faint." if width > 1 else ""), "black", font(14))
-    for i in range(1, n_groups + 1):
+    bold = f" Bold: mean over {mean_of} of the {len(lines)} points that are faint." if mean_of > 1 else ""
+    pen.text((12, 8), legible(f"{name}, step {at[0][-1]:.0f}. Horizontal: steps.{bold}"), "black", font(14))
+    for i in groups:
         left, d = 12 + 52 * (i - 1), dash(i) or 20
         for k in range(0, 20, 2 * d):
             pen.line([(left + k, 40), (left + min(k + d, 20), 40)], hue(i), 4)
@@ -2561,7 +2551,7 @@ def between(a, b, k):
 
 
 def interpolation(s, script, generators, classes):
-    """Rows of images from one z to the next, every generator on the same z: three paths, or one in every class.
+    """Rows of images from one z to the next, every generator on the same z: three paths, or one in every class -> picture.
 
     The classes of one path stand below one another, so that a column shows what the class alone changes.
     """
@@ -2577,11 +2567,13 @@ def interpolation(s, script, generators, classes):
 def look(net, *args):
     """Where POINTS look in every layer of `net` that offers attention_map(x), when it is called with args.
 
-    -> [(name, gamma or None, maps (B, len(POINTS), H, W), each of which sums to 1)] in the order of the calls.
+    -> [(name, gamma or None, maps (B, len(POINTS), H, W), each of which sums to 1)] in the order of the calls. UserError where a layer's
+    map is not (B, H*W, H*W) for its input x (B, C, H, W).
     """
-    seen, layers, hooks = {}, [(k, m) for k, m in net.named_modules() if callable(getattr(m, "attention_map", None))], []
-    for name, m in layers:
-        hooks.append(m.register_forward_hook(lambda m, a, kw, o, name=name: seen.update({name: (m, [*a, *kw.values()][0].clone())}), with_kwargs=True))
+    seen, hooks = {}, []
+    for name, m in net.named_modules():
+        if callable(getattr(m, "attention_map", None)):
+            hooks.append(m.register_forward_hook(lambda m, a, kw, o, name=name: seen.update({name: (m, [*a, *kw.values()][0].clone())}), with_kwargs=True))
     try:
         net(*args)
     finally:
@@ -2590,6 +2582,14 @@ def look(net, *args):
     found = []
     for name, (m, x) in seen.items():
         p, (h, w) = m.attention_map(x), x.shape[2:] if x.dim() == 4 else (0, 0)
+        if not h or p.shape != (len(x), h * w, h * w):
+            raise UserError(f"attention_map of layer {name} returned {tuple(p.shape)} for x {tuple(x.shape)}; expected (B, H*W, H*W) for x (B, C, H, W)")
+        gamma = getattr(m, "gamma", None)
+        gamma = gamma.item() if isinstance(gamma, torch.Tensor) and gamma.numel() == 1 else None
+        found.append((name, gamma, p[:, [int(a * h) * w + int(b * w) for a, b in POINTS]].reshape(len(x), -1, h, w).float().cpu()))
+    return found
+
+
 def tile(image, weights=None, size=96):
     """An image (H, W, 3) with POINTS numbered in it; weights (h, w): in grey, and over it where one of them looks."""
     picture = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
@@ -2608,21 +2608,12 @@ def tile(image, weights=None, size=96):
     return np.asarray(picture)
 
 
-        if not h or p.shape != (len(x), h * w, h * w):
-            raise UserError(f"attention_map of layer {name} returned {tuple(p.shape)} for x {tuple(x.shape)}; expected (B, H*W, H*W) for x (B, C, H, W)")
-        gamma = getattr(m, "gamma", None)
-        gamma = gamma.item() if isinstance(gamma, torch.Tensor) and gamma.numel() == 1 else None
-        found.append((name, gamma, p[:, [int(a * h) * w + int(b * w) for a, b in POINTS]].reshape(len(x), -1, h, w).float().cpu()))
-    return found
-
-
 def attention_maps(s, script, out, generators):
-    """For three images of every generator: where POINTS look in each attention layer of the generator and of its discriminator."""
-    device, tile, n, gap = next(next(iter(generators.values())).parameters()).device, 96, 3, 4
+    """Three images of every generator and where POINTS look in each, a row per attention layer of the generator and of its discriminator -> picture."""
+    device, n, blocks = next(next(iter(generators.values())).parameters()).device, 3, []
     y = (torch.arange(n, device=device) % s.n_classes,) if script.conditional else ()
     z = draw(s.seed, 0, 0, "grid", "normal", (n, s.z_dim)).to(device)
     states = read_checkpoint(out / "checkpoint.pt", s.groups)["groups"] if (out / "checkpoint.pt").exists() else None
-    blocks = []                                                     # per group: its images, and [(label, maps)]
     for i, G in generators.items():
         with calling(script, "attention_map"), parametrize.cached():
             found = [("generator", *layer) for layer in look(G, z, *y)]
@@ -2632,35 +2623,35 @@ def attention_maps(s, script, out, generators):
                 D = script.Discriminator(**bind(script.Discriminator, vars(s)))
                 D.load_state_dict(states[i - 1]["D"]["net"])
                 found += [("discriminator", *layer) for layer in look(D.to(device).eval(), x, *y if "y" in inspect.signature(D.forward).parameters else ())]
-        blocks.append((i, to_uint8(x), [(f"{net} {name if len(name) <= 20 else f'...{name[-17:]}'}  {maps.shape[2]}x{maps.shape[3]}" + ("" if gamma is None else f"  gamma {gamma:+.3f}"), maps)
-                                        for net, name, gamma, maps in found]))
-    layers = max(len(b[2]) for b in blocks)
-    if not layers:
+        for net, name, gamma, maps in found:
+            label = f"G{i}  {net}  {name if len(name) <= 20 else f'...{name[-17:]}'}  {maps.shape[2]}x{maps.shape[3]}" + ("" if gamma is None else f"  gamma {gamma:+.3f}")
+            blocks.append((label, np.stack([tile(image, p) for image, looks in zip(to_uint8(x), maps.numpy()) for p in (None, *looks)])))
+    if not blocks:
         raise UserError(f"no layer of {script.path.name} offers attention_map(x) (B, C, H, W) -> (B, H*W, H*W): no attention to draw")
     return grid(blocks, n * (1 + len(POINTS)), "Three images, and where the positions 1, 2, 3 look in each: from grey (nowhere) over red to yellow (most). peak: the most that one place gets,\n"
                 "in units of an equal share for all. A layer returns gamma x attention + input: near gamma 0 its attention hardly matters yet.")
 
 
 def closest(s, script, saved, out, generators, device):
-    """(picture, table rows, kind of features): the 10 fakes of every group that are closest to a training image, each above that image; per group
-    the share of 200 fakes that look copied and the smallest distance, and the same between two halves of the real images."""
+    """-> (picture: the 10 fakes of every group that are closest to a training image, each above that image; table rows: per group the share of
+    200 fakes that look copied and the smallest distance, and the same between two halves of the real images; kind of features)."""
     import fid
     images, labels, classes = (load_images(s.data, s.image_size, script.conditional, s.skip_bad, lambda text: None) if s.data
                                else synthetic_images(s.image_size, script.conditional))
     data = Data(images, labels, classes, s, device)
     if data.digest != saved["data_digest"]:
         raise UserError(f"the {len(images)} images of {s.data or 'the synthetic set'} are not those that the run was trained on")
-    kind = s.fid_features
-    if not s.fid_every or kind == "inception":
+    kind = s.fid_features if s.fid_every else "inception"
+    if kind == "inception":
         try:
-            kind = fid.find_weights(download=False) and "inception"
+            fid.find_weights(download=False)
         except fid.FidError:
             kind = "random"
     scores = Scores(argparse.Namespace(**{**vars(s), "fid_data": None, "fid_features": kind, "fid_samples": None}), script, data, None, device)
     print(f"Comparing {len(generators)} x 200 fakes with the {len(images)} training images, {kind} features.", flush=True)
+    rows, blocks = [], []
     try:
         real, _ = scores.real(out)
-        rows, blocks = [], []
         for i, G in generators.items():
             z = draw(s.seed, 0, 0, "copies", "normal", (200, s.z_dim))
             fakes = generate(G, z, torch.arange(200) % len(classes) if classes else None)
@@ -2668,8 +2659,7 @@ def closest(s, script, saved, out, generators, device):
             order = np.argsort(distance)[:10]
             blocks.append((f"G{i}, real", np.concatenate([fakes[order], to_hwc(data.images[torch.from_numpy(index[order])])])))
             rows.append((f"G{i}", share, float(distance.min())))
-        a, b = fid.halves(real)
-        _, distance, share = fid.copies(a, b)
+        _, distance, share = fid.copies(*fid.halves(real))
     except fid.FidError as e:
         raise UserError(str(e)) from e
     return grid(blocks, len(order)), [*rows, ("floor: one half of the real images against the other", share, float(distance.min()))], kind
@@ -2680,20 +2670,20 @@ def pictures(s, script):
     out, device = Path(s.out), pick_device(s.device)
     saved = read_args(out)
     generators = functools.cache(lambda: {i: load_generator(out / f"G{i}.pt", device, str(script.path)) for i in range(1, s.groups + 1)})
-    name = f"{out.resolve().name}: {s.groups} x {script.name}"
-    makers = {"curves": lambda: curves(out, name), "interpolate": lambda: interpolation(s, script, generators(), saved["classes"]),
-              "attention_maps": lambda: attention_maps(s, script, out, generators())}
-    made = {}
+    makers = {"curves": lambda: curves(out, f"{out.resolve().name}: {s.groups} x {script.name}"),
+              "interpolate": lambda: interpolation(s, script, generators(), saved["classes"]),
+              "attention_maps": lambda: attention_maps(s, script, out, generators()),
+              "closest": lambda: closest(s, script, saved, out, generators(), device)}
+    makers = {name: functools.cache(make) for name, make in makers.items()}         # the page shows what was drawn before it
     for flag in asked(s):
+        path = out / PICTURES[flag]
         if flag == "report":
-            page = report(s, script, saved, out, {**makers, **{k: lambda v=v: v for k, v in made.items()},
-                                                  "closest": lambda: closest(s, script, saved, out, generators(), device)})
-            with replacing(out / PICTURES[flag]) as f:
+            page = report(s, script, saved, out, makers)
+            with replacing(path) as f:
                 f.write(page.encode("utf-8", "replace"))
         else:
-            made[flag] = makers[flag]()
-            save_image(made[flag], out / PICTURES[flag])
-        print(f"Wrote {out / PICTURES[flag]}.", flush=True)
+            save_image(makers[flag](), path)
+        print(f"Wrote {path}.", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- report.html
@@ -2710,7 +2700,7 @@ mark { background: var(--mark); color: inherit; padding: 0 .2rem } .beside, .man
 def picture(image, alt, kind="JPEG", width=4000):
     """An image, or the text that says why there is none, as HTML; the image travels inside the page, at most `width` pixels wide."""
     if not isinstance(image, Image.Image):
-        return f'<p class="faint">{html.escape(image)}.</p>'
+        return paragraph(f"{image}.")
     f, image = io.BytesIO(), image.convert("RGB")
     image.thumbnail((width, 20000))
     image.save(f, kind, **dict(quality=88, subsampling=0) if kind == "JPEG" else dict(optimize=True))
@@ -2718,9 +2708,14 @@ def picture(image, alt, kind="JPEG", width=4000):
             f'alt="{html.escape(alt)}"><figcaption>{html.escape(alt)}</figcaption></figure>')
 
 
+def paragraph(text):
+    return f'<p class="faint">{html.escape(text)}</p>'
+
+
 def table(caption, head, rows, marked=()):
     """Rows of values as an HTML table: the first cell of a row is its header, rows that begin with one of `marked` are highlighted."""
-    say = lambda v: html.escape({True: "yes", False: "no", None: "none"}[v] if v is None or v is True or v is False else f"{v:.4g}" if isinstance(v, float) else str(v))
+    words = {True: "yes", False: "no", None: "none"}
+    say = lambda v: html.escape(words[v] if v is None or isinstance(v, bool) else f"{v:.4g}" if isinstance(v, float) else str(v))
     aligned = [' class="n"' if all(type(row[k]) in (int, float) or row[k] == "" for row in rows) else "" for k in range(len(head))]
     lines = ["<thead><tr>" + "".join(f'<th scope="col"{c}>{say(h)}</th>' for c, h in zip(aligned, head)) + "</tr></thead><tbody>"]
     for row in rows:
@@ -2730,7 +2725,7 @@ def table(caption, head, rows, marked=()):
 
 
 def report(s, script, saved, out, makers):
-    """One page about a run, complete in itself. makers {name: function -> image}; where one raises UserError, the page says its line."""
+    """One page (HTML text) about a run, complete in itself. makers {name: function -> image}; where one raises UserError, the page says its line."""
     def made(name):
         try:
             return makers[name]()
@@ -2744,56 +2739,56 @@ def report(s, script, saved, out, makers):
         except Exception as e:                                      # Pillow raises a dozen types for a file that is no picture
             return f"{path} cannot be shown: {' '.join(str(e).split())}"
 
-    classes, log, name = saved["classes"], read_lines(out / "log.jsonl"), out.resolve().name
+    classes, log, name = saved["classes"], read_lines(out / "log.jsonl", most=4000), out.resolve().name
     ring = f"One {script.name} generator" if s.groups == 1 else f"{s.groups} {script.name} generators in a ring (rho {s.rho:g})"
     source = (f"images of {s.data}" if s.data else "synthetic images of concrete defects") + (f" in {len(classes)} classes ({', '.join(classes)})" if classes else "")
     sentence = (f"{ring} learnt {s.image_size}x{s.image_size} images from {saved['images']} {source}, {s.batch_size} a step"
                 f"{' and group' if s.groups > 1 else ''}: step {log[-1]['step'] if log else 0} of {s.steps}.")
+    terms = ("A generator (G) turns a row of random numbers, z, into an image. A discriminator (D) learns to tell its images from real ones, and the generator "
+             "learns to make images that D takes for real." + (" A connector (C) does for the images of the next group in the ring what D does for real ones: "
+                                              "the groups learn from one another." if s.groups > 1 else ""))
     steps = sorted((out / "samples").glob("step_*.png"), key=lambda path: (len(path.name), path.name))        # step_1000000 comes after step_999500
     shown = [steps[k] for k in sorted(set(np.linspace(0, len(steps) - 1, min(6, len(steps))).round().astype(int)))]
     at = lambda path: f"step {path.stem[5:].lstrip('0') or '0'}"
     rows_are = "a row per group and class" if classes else "a block of rows per group"
-    text = lambda words: f'<p class="faint">{html.escape(words)}</p>'
-    parts = [f"<h1>{html.escape(name)}</h1>", f"<p>{html.escape(sentence)}</p>", "<h2>Samples</h2><div class=beside>"]
-    if shown:
-        parts += [picture(opened(shown[-1]), f"Generated images at {at(shown[-1])}: {rows_are}, the same z in each column (averaged generators).")]
-    else:
-        parts += [text("No sample grid yet.")]
-    parts += [picture(opened(out / "samples" / "real.png"), "Real images that were trained on."), "</div>"]
+    parts = [f"<h1>{html.escape(name)}</h1>", f"<p>{html.escape(sentence)}</p>", paragraph(terms), "<h2>Samples</h2><div class=beside>",
+             picture(opened(shown[-1]), f"Generated images at {at(shown[-1])}: {rows_are}, the same z in each column (averaged generators).") if shown else
+             paragraph("No sample grid yet."),
+             picture(opened(out / "samples" / "real.png"), "Real images that were trained on."), "</div>"]
     if shown[:-1]:
         parts += ["<h3>On the way</h3><div class=many>", *(picture(opened(p), f"Generated images at {at(p)}.", width=800) for p in shown[:-1]), "</div>"]
 
-    scores = read_lines(out / "fid.jsonl")
+    scores = score_lines(out)
     if scores:
-        keys = [f"G{i}" for i in range(1, s.groups + 1)] + ["mean", "union", "floor"]
-        values = {k: column(scores, lambda line: line[k]) for k in keys}
-        good = {k: np.flatnonzero(np.isfinite(v)) for k, v in values.items()}
-        best = {k: min(g, key=lambda n: values[k][n]) for k, g in good.items() if len(g)}
-        parts += ["<h2>Scores</h2>", text(
-            f"{scores[-1].get('samples', '?')} images per group against {scores[-1].get('reals', '?')} real ones; lower is better. "
-            "union: all groups together. floor: one half of the real images against the other; nothing can be expected below it."),
-            table(f"{scores[-1].get('score', 'score')} at {len(scores)} steps", ("", f"last (step {scores[-1]['step']})", "best", "at step"),
-                  [(k, float(values[k][-1]), *((float(values[k][n]), int(scores[n]["step"])) if k != "floor" else ("", ""))) for k, n in best.items()])]
+        rows, last = [], scores[-1]
+        for k in (*(f"G{i}" for i in range(1, s.groups + 1)), "mean", "union", "floor"):
+            values = column(scores, lambda line: line[k])
+            if np.isfinite(values).any():
+                n = np.nanargmin(values)
+                rows.append((k, float(values[-1]), *(("", "") if k == "floor" else (float(values[n]), scores[n]["step"]))))
+        parts += ["<h2>Scores</h2>", paragraph(
+            f"The distance between {last.get('samples', '?')} generated images per group and {last.get('reals', '?')} real ones, in the features of a network; lower is better. "
+            "union: all groups together. floor: one half of the real images against the other, about the best that can be expected."),
+            table(f"{last.get('score', 'score')} at {len(scores)} steps", ("", f"last (step {last['step']})", "best", "at step"), rows)]
     parts += ["<h2>Curves</h2>", picture(made("curves"), "Losses, attention weights and scores over the steps, a panel per quantity, a colour per group.", kind="PNG"),
               "<h2>Between two z</h2>", picture(made("interpolate"), "Images on the way from one z to another (along the sphere), the same z for every group in a column."),
               "<h2>Attention</h2>", picture(made("attention_maps"), "Where three marked positions look in every attention layer of the generators and discriminators."),
               "<h2>Closest copies</h2>"]
     found = made("closest")
     if isinstance(found, str):
-        parts += [text(f"Not compared with the training images: {found}.")]
+        parts += [paragraph(f"Not compared with the training images: {found}.")]
     else:
         sheet, rows, kind = found
         parts += [picture(sheet, "Of 200 generated images per group the ten that are closest to a training image, and below each that image."),
-                  text(f"Copied: nearer to its nearest real image than that one is to any other real image, in {kind} features. "
-                       "Fresh images of the same kind count too: compare with the floor, not with 0."),
+                  paragraph(f"Copied: nearer to its nearest real image than that one is to any other real image, in {kind} features. "
+                            "Fresh images of the same kind count too: compare with the floor, not with 0."),
                   table("Copies", ("", "share copied", "smallest distance"), rows)]
 
     default, settings = vars(parse(["--model", str(script.path)])[0]), saved["settings"]
     changed = [k for k in settings if settings[k] != default.get(k)]
-    other = [(k, settings[k]) for k in settings if k not in changed]
-    parts += ["<h2>Settings</h2>", table("Changed from the default", ("setting", "here", "default"), [(k, settings[k], default.get(k)) for k in changed], changed),
+    parts += ["<h2>Settings</h2>", table("Other than the default", ("setting", "here", "default"), [(k, settings[k], default.get(k)) for k in changed], changed),
               "<details><summary>All other settings, at their defaults, and versions</summary>",
-              table("At their defaults", ("setting", "value"), other),
+              table("At their defaults", ("setting", "value"), [(k, v) for k, v in settings.items() if k not in changed]),
               table("Made with", ("", ""), [("model script", saved["script"]), *saved.get("versions", {}).items(), ("git revision", saved.get("git"))]), "</details>"]
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\n'
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
@@ -2923,16 +2918,16 @@ def gpu_trace(step, n):
         took = time.perf_counter() - begin
     spans = sorted((e.time_range.start, e.time_range.end) for e in p.events() if e.device_type == torch.autograd.DeviceType.CUDA)
     busy, end = 0.0, 0.0
+    for a, b in spans:                                              # microseconds; kernels of parallel streams overlap
+        busy, end = busy + max(0.0, b - max(a, end)), max(end, b)
+    return len(spans) / n, busy / 1e6 / took
+
+
 def peak_memory(device):
     """Most bytes that were held so far, on the GPU or else by this process; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-    for a, b in spans:                                              # microseconds; kernels of parallel streams overlap
-        busy, end = busy + max(0.0, b - max(a, end)), max(end, b)
-    return len(spans) / n, busy / 1e6 / took
 
 
 def cpu_name():
@@ -3014,16 +3009,16 @@ The paper's 50,000 steps take {span(50000 * seconds)}.""")
 PAIR = """
 import sys, torch, torch.distributed as dist
 dist.init_process_group(sys.argv[1])
-MAY_MISS = {"scipy": "fid.py is slower without it", "pytest": "only the tests need it", "triton": "attention on a GPU is eager without it"}
 x = torch.ones(1000, device=f"cuda:{dist.get_rank()}" if sys.argv[1] == "nccl" else "cpu")
 dist.all_reduce(x)
 assert x.sum().item() == 1000 * dist.get_world_size()
-    yield "ok", "python", sys.version.split()[0]
 dist.destroy_process_group()
 """
+MAY_MISS = {"scipy": "fid.py is slower without it", "pytest": "only the tests need it", "triton": "attention on a GPU is eager without it"}
 
 
 def check_packages(s, script, device, folder):
+    yield "ok", "python", sys.version.split()[0]
     numbers = lambda text: [int(k) for k in re.findall(r"\d+", text)[:3]]
     file, fine = Path(__file__).resolve().with_name("requirements.txt"), []
     if not file.exists():
@@ -3057,12 +3052,12 @@ def check_devices(s, script, device, folder):
         yield "ok" if new else "note", f"cuda:{k}", (f"{d.name}, {d.total_memory / 2 ** 30:.1f} GB, compute capability {d.major}.{d.minor}"
                                                      + ("" if new else "; attention is eager below 8.0"))
     yield ("ok", "device", str(device)) if device.type == "cuda" else ("note", "device", f"{device}; at full size a step takes seconds there, --quick is for it")
-        from kernels.reference import attention
 
 
 def check_attention(s, script, device, folder):
     try:
         from kernels.attention import _refusal, self_attention
+        from kernels.reference import attention
     except ImportError as e:
         yield "note", "attention", f"kernels/ cannot be imported ({e}); sagan.py takes its own two lines"
         return
@@ -3289,14 +3284,14 @@ def launch(n, argv, device, hint):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):
-        alone = [flag for flag in ("check", "benchmark", *PICTURES) if getattr(s, flag)]
-        if alone and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError(f"--{alone[0].replace('_', '-')} is done by one process: start it with python, not with torchrun")
         sys.stdout.reconfigure(errors="backslashreplace")           # file names need not be text
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)       # decode() refuses what this warns of
     try:
         s, script, named = parse(argv)
         changed = settle(s, script, named)
+        alone = [flag for flag in ("check", "benchmark", *PICTURES) if getattr(s, flag)]
+        if alone and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"--{alone[0].replace('_', '-')} is done by one process: start it with python, not with torchrun")
         n = 1 if s.check else processes(s)
         if n > 1:
             why = f"--nproc {n}" if s.nproc is not None else "one per GPU" if torch.cuda.is_available() else "quicker than one at this size"

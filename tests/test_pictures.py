@@ -160,6 +160,16 @@ def test_dashes():
     assert 0.4 < red.mean() < 0.6 and 20 < (red[1:] != red[:-1]).sum() < 70
 
 
+def test_names_are_drawn_in_letters_that_the_font_has():
+    assert okd_train.legible("\u00d6l, caf\u00e9 x\u00b2") == "Ol, cafe x2" and okd_train.legible("a\nb \u65e5 \udce9") == "a\\nb \\u65e5 \\udce9"
+    images = np.zeros((3, 32, 32, 3), np.uint8)
+    draw = lambda name: np.asarray(okd_train.grid([(name, images)], 2))
+    assert np.array_equal(draw("R\u00f6st"), draw("Rost")) and not np.array_equal(draw("Rost"), draw("Rast"))
+    name = "CORROSIONSTAIN WW"                                      # wider than six pixels a letter
+    margin = draw(name).shape[1] - 2 * 66
+    assert (draw(name)[:, margin - 6:margin] == 255).all() and draw(name)[:, margin - 12:margin - 6].min() < 100
+
+
 # ---------------------------------------------------------------------------------------------- curves
 def test_a_column_is_numbers_or_nan():
     lines = [{"v": v} for v in (1, 2.5, 1e31, -1e300, math.inf, math.nan, None, "3", [4], 10 ** 400)] + [{}]
@@ -195,10 +205,14 @@ def test_accuracy_has_the_whole_range(tmp_path):
 
 def test_colours_tell_groups_apart(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": k, "groups": [{"g_loss": i} for i in range(9)]}) + "\n" for k in (1, 2, 3)))
-    row = np.asarray(okd_train.curves(tmp_path, "nine"))[40, :12 + 52 * 9].reshape(-1, 3).astype(int)
+    many = okd_train.curves(tmp_path, "nine")
+    row = np.asarray(many)[40, :12 + 52 * 9].reshape(-1, 3).astype(int)
     keys = [row[12 + 52 * i:12 + 52 * i + 20] for i in range(9)]
     assert len({tuple(k[1]) for k in keys[:7]}) == 7
     assert (keys[7][1] == keys[0][1]).all() and (keys[7] != keys[0]).any() and (keys[0] == keys[0][0]).all()      # the eighth is dashed
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "groups": [{"g_loss": i} for i in range(30)]}) + "\n")
+    key = np.asarray(okd_train.curves(tmp_path, "thirty"))[40, -52:]
+    assert (key != 255).any()                                       # the last group has its place, too
 
 
 @pytest.mark.parametrize("text", [
@@ -206,6 +220,7 @@ def test_colours_tell_groups_apart(tmp_path):
     '{"step": 1, "groups": [{"d_loss": NaN, "g_loss": 1}, {"g_loss": Infinity}]}\n{"step": 2, "groups": [{}, {"d_loss": null}]}\n',
     '{"step": 1, "groups": [{"d_loss": 1e300, "gamma": {"G": [0.1, 0.2], "D": []}}]}\n{"step": 2, "groups": [{"d_loss": -1e308, "gamma": {"G": [0.1]}}]}\n',
     '{"step": 1, "groups": [{"d_loss": 1.0}]}\n{"step": 2, "groups": [{"d_lo',                       # still being written
+    '{"step": 1, "groups": 5}\n{"step": 2, "groups": ["d", null, {"gamma": 3}, {"gamma": {"G": 1}}]}\n{"step": 3, "groups": [{"d_loss": 1}]}\n' + "[" * 100000 + '\n{"step": 1e999}\n',
     '[1]\n7\n{"step": "x"}\n{"step": NaN}\n{"step": 3, "groups": []}\n{"step": 4}\n{"step": 1, "groups": [{"mine": 1.0, "": 2, "g_mine": 3}]}\n',
 ])
 def test_curves_of_odd_logs(tmp_path, text):
@@ -229,11 +244,24 @@ def test_a_long_log_takes_bounded_time(tmp_path):
     with open(tmp_path / "log.jsonl", "w") as f:
         for n, v in enumerate(r.normal(size=50000)):
             f.write(f'{{"step": {n + 1}, "groups": [{", ".join([group % v] * 3)}]}}\n')
-    kept = okd_train.read_lines(tmp_path / "log.jsonl")
+    kept = okd_train.read_lines(tmp_path / "log.jsonl", most=4000)
     assert 3500 < len(kept) <= 4000 and kept[-1]["step"] == 50000 and len({b["step"] - a["step"] for a, b in zip(kept, kept[1:])}) == 1
     begin = time.process_time()
     okd_train.curves(tmp_path, "long")
     assert time.process_time() - begin < 8
+
+
+def test_read_lines_passes_over_what_is_no_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert okd_train.read_lines(path) == []
+    path.write_text('{"step": 1, "G1": 2}\n{"step": 2}\n{"step": true, "G1": 1}\n{"step": -1, "G1": 1}\n{"step": 3.0, "G1": 1}\n\n{"step": 4, "G1": "1"}\n'
+                    '{"step": 5, "G1": 0.5}\n{"step": 6, "G1": 0.5, "x": ')
+    assert [line["step"] for line in okd_train.read_lines(path)] == [1, 2, 4, 5] and [line["step"] for line in okd_train.read_lines(path, ["G1"])] == [1, 5]
+    assert okd_train.score_lines(tmp_path) == []
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(okd_train.UserError, match="x.jsonl cannot be read"):
+        okd_train.read_lines(path)
 
 
 # ---------------------------------------------------------------------------------------------- interpolation
@@ -336,11 +364,12 @@ def test_maps_of_a_users_own_layer(tmp_path, keyword, capsys):
     okd_train.main(["--model", str(script), "--groups", "1", "--steps", "1", "--out", str(out)])
     draw(out, "--attention-maps")
     image = Image.open(out / "attention.png").convert("RGB")
-    left, top = 34 + 100 + 12, 46 + 22                                              # the first heat map: 96 pixels of 8x8 cells
-    assert image.size == (left + 3 * 100 + 12, top + 3 * 114)                       # one layer in G, none in D; three samples, three positions
+    left, top = image.width - 12 * 98, image.height - 98                                              # one layer in G, none in D: a row of three images of 96 pixels and 8x8 cells, each with three maps
+    ink = np.asarray(image.convert("L"))[:top]
+    assert top == 34 and (ink[:, -4:] == 255).all() and ink[:16].min() < 100 and ink[18:].min() < 100       # two lines that say what is seen, not cut
     for row in range(3):
         for j in range(3):
-            x, y = left + j * 100, top + row * 114
+            x, y = left + (4 * row + 1 + j) * 98, top
             assert near(image.getpixel((x + 90, y + 90)), (255, 240, 90), 60)       # the last cell
             r, g, b = image.getpixel((x + 90, y + 78))                              # the cell above it: the grey picture
             assert r == g == b
@@ -352,10 +381,10 @@ def test_maps_of_a_users_own_layer(tmp_path, keyword, capsys):
 
 def test_discriminator_from_the_checkpoint(copied, acgan_run, capsys):
     draw(copied, "--attention-maps")
-    four = Image.open(copied / "attention.png").width
+    four = Image.open(copied / "attention.png").height
     (copied / "checkpoint.pt").unlink()
     draw(copied, "--attention-maps")
-    assert four - Image.open(copied / "attention.png").width == 2 * 312             # two layers of D less
+    assert four - Image.open(copied / "attention.png").height == 4 * (98 + 8)       # two layers less of each D
     assert "no layer of acgan.py offers attention_map" in refused(capsys, "--out", acgan_run, "--attention-maps")
 
 
@@ -493,6 +522,26 @@ def test_flags_combine(copied, capsys, monkeypatch):
     width = Image.open(copied / "interpolate.png").width
     assert width in [im.width for im in read_page(copied)[0].images()]              # the page shows the four that were asked for
     assert not list(copied.glob(".*"))
+
+
+def test_a_run_of_a_script_given_by_a_relative_path_is_read_from_elsewhere(photos, tmp_path, monkeypatch):
+    """Another script of that name may lie there, and --resume leaves args.json with what was given."""
+    for name, text in (("here", ATTENTIVE.replace("KEYWORD", "True")), ("there", "raise SystemExit('another script')")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own.py").write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
+    okd_train.main(["--model", "own.py", "--groups", "1", "--steps", "1", "--data", str(photos), "--out", "run"])
+    monkeypatch.chdir(tmp_path / "there")
+    out = tmp_path / "here" / "run"
+    draw(out, "--curves", "--report")
+    draw(out, "--sample", "2")
+    assert okd_train.load_generator(out / "G1.pt")(torch.randn(2, 8)).shape == (2, 3, 32, 32)
+    draw(out, "--resume", "--steps", "2")
+    args = json.loads((out / "args.json").read_text())
+    assert args["model"] == "own.py" and args["script"] == str((tmp_path / "here" / "own.py").resolve())
+    (tmp_path / "here" / "own.py").rename(tmp_path / "there" / "own.py")            # moved: the name is looked for here
+    draw(out, "--resume", "--steps", "3")
+    assert okd_train.read_lines(out / "log.jsonl")[-1]["step"] == 3
 
 
 def test_pictures_do_not_train(sagan_run, tmp_path, capsys, monkeypatch):
