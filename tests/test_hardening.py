@@ -48,6 +48,13 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    okd_train.main(["--data", str(photos), *TINY, "--groups", "1", "--out", str(out), "--steps", "1"])
+    return out
+
+
 @pytest.fixture
 def base(photos, tmp_path):
     return ["--data", str(photos), *TINY, "--groups", "1", "--out", str(tmp_path / "run")]
@@ -133,12 +140,12 @@ def test_a_folder_that_may_not_be_written_to(photos, tmp_path, capsys):
         assert "Traceback" not in capsys.readouterr().err and snapshot(disk) == before
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "G1.pt", "args.json", "log.jsonl", "real.png", "step_000004.png"])
-def test_any_file_that_cannot_be_written(name, base, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["checkpoint.pt", "G1.pt", "args.json", "log.jsonl", "real.png", "step_000002.png"])
+def test_any_file_that_cannot_be_written(name, base, finished, tmp_path, capsys, monkeypatch):
     """The same without the right to mount: one file after the other fails, in the middle of its content."""
-    okd_train.main([*base, "--steps", "2"])
+    shutil.copytree(finished, tmp_path / "run")
     kept = contents(tmp_path / "run")
-    real, replace = open, os.replace
+    real = open
 
     class Full(io.FileIO):
         def write(self, b):
@@ -146,13 +153,13 @@ def test_any_file_that_cannot_be_written(name, base, tmp_path, capsys, monkeypat
             raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("builtins.open", lambda path, mode="r", *a, **k: (Full(path, mode.replace("b", "")) if name in str(path) and mode != "r" and "rb" not in mode
                                                                           else real(path, mode, *a, **k)))
-    text = refused(capsys, *base, "--resume", "--steps", "4")
+    text = refused(capsys, *base, "--resume", "--steps", "2")
     assert "No space left" in text and name in text
     monkeypatch.undo()
     now = contents(tmp_path / "run")
     assert all(now[k] == v for k, v in kept.items() if k.endswith(".pt") and (k == name or name == "checkpoint.pt")) and not [k for k in now if ".tmp" in k]
-    okd_train.main([*base, "--resume", "--steps", "4"])
-    assert okd_train.load_file(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+    okd_train.main([*base, "--resume", "--steps", "2"])
+    assert okd_train.load_file(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
 def test_stdout_on_a_full_disk_or_closed(base, tmp_path):
@@ -460,13 +467,6 @@ def test_args_json_edited_by_hand(change, words, finished, tmp_path, capsys):
     assert snapshot(out) == before
 
 
-@pytest.fixture(scope="module")
-def finished(photos, tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished") / "run"
-    okd_train.main(["--data", str(photos), *TINY, "--groups", "1", "--out", str(out), "--steps", "1"])
-    return out
-
-
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{}", b"\xff\xfe", b"[" * 100000, b"null"])
 def test_args_json_of_garbage(content, tmp_path, capsys):
     (tmp_path / "args.json").write_bytes(content)
@@ -528,7 +528,7 @@ def test_what_may_not_be_read_is_named(photos, root):
 
 
 # ---------------------------------------------------------------------------------------------- names, and where is written
-@pytest.mark.parametrize("name", ["with space", "quote'\" $(touch x) `y`", "line\nbreak", "Bücke 日本 \u202e", os.fsdecode(b"no \xff text"), "-dash", "50% {x} %s"])
+@pytest.mark.parametrize("name", ["-dash quote'\" $(touch x) `y` 50% {x} %s", "line\nbreak Bücke 日本 \u202e", os.fsdecode(b"no \xff text")])
 def test_odd_names_for_data_out_and_model(name, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(photos, f"d {name}")
@@ -711,6 +711,7 @@ def test_check_says_what_is_missing(case, what, words, photos, finished, tmp_pat
 
 def test_check_names_a_pair_of_processes_that_fails(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(okd_train, "PAIR", "raise SystemExit('no network')")
+    monkeypatch.setattr(okd_train, "check_training", lambda *a: [])
     for more, state in (([], "note"), (["--nproc", "2"], "FAIL")):
         status, table, last = checked(capsys, "--data", photos, *TINY, "--groups", "1", "--out", tmp_path / "run", *more)
         assert table["gloo"][0][0] == state and "no network" in table["gloo"][0][1] and status == (state == "FAIL")
