@@ -23,18 +23,21 @@ def test_json_holds_what_was_measured(photos, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []                           # nothing is trained, nothing is left
 
 
-def test_the_table_names_phases_and_the_papers_run(photos, capsys):
+def test_the_table_names_phases_and_the_papers_run(photos, capsys, monkeypatch):
+    monkeypatch.setattr(okd_train, "resource", None)                # a system that does not say how much memory there was
     okd_train.main(["--benchmark", "2", "--model", "acgan", "--groups", "1", *TINY, "--data", str(photos)])
     text = capsys.readouterr().out
     for words in ("acgan, groups 1, batch 4, 32x32", "discriminators", "step, eager", "GFLOP a step", "The paper's 50,000 steps take"):
         assert words in text
-    assert "connectors" not in text
+    assert "connectors" not in text and "peak memory" not in text
 
 
-def test_what_has_no_effect_beside_it_is_refused(photos, capsys):
+def test_what_has_no_effect_beside_it_is_refused(photos, capsys, monkeypatch):
     assert "--json: without effect without --benchmark" in refused(capsys, "--json")
     assert "--out, --steps: without effect with --benchmark" in refused(capsys, "--benchmark", "--steps", "3", "--out", "x")
     assert "--benchmark is 0" in refused(capsys, "--benchmark", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--benchmark is done by one process" in refused(capsys, "--benchmark")
 
 
 def test_phases_count_for_themselves_alone(monkeypatch):

@@ -1,4 +1,4 @@
-"""A hostile or failing world: full disks, two runs in one folder, data that changes, files made to harm, settings edited by hand; and --check and --benchmark."""
+"""A hostile or failing world: full disks, two runs in one folder, data that changes, files made to harm, settings edited by hand; and --check."""
 import contextlib
 import errno
 import io
@@ -722,23 +722,3 @@ def test_check_is_for_one_process_before_a_run(base, capsys, monkeypatch):
         assert "give it without --benchmark, --sample" in refused(capsys, *base, "--check", *more)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "not with torchrun" in refused(capsys, *base, "--check")
-
-
-# ---------------------------------------------------------------------------------------------- --benchmark
-def test_benchmark_adds_up(photos, capsys, monkeypatch):
-    """The phases are those of the step, and what a step computes grows with the batch and the groups."""
-    flops = {}
-    for argv in (["--groups", "1"], ["--groups", "2", "--batch-size", "8"]):
-        okd_train.main(["--benchmark", "3", "--json", "--data", str(photos), *TINY, *argv])
-        r = json.loads(capsys.readouterr().out)
-        assert set(r["phase_seconds"]) == {"inputs", "generators forward", "discriminators", "generators learning", "Adam", "averages", "rest"} | ({"connectors"} if r["groups"] > 1 else set())
-        assert 0.3 < sum(v[1] for v in r["phase_seconds"].values()) / r["step_seconds"] < 3 and r["eager_seconds"][0] <= r["eager_seconds"][1] <= r["eager_seconds"][2]
-        assert 1e6 < r["peak_memory_bytes"] < 1e11 and 0 < r["floor_share"] < 1 and r["seconds_for_50000_steps"] == 50000 * r["step_seconds"]
-        flops[r["groups"]] = r["flops_per_step"]
-    assert flops[2] > 4 * flops[1]                # twice the groups, twice the batch, and connectors
-    monkeypatch.setattr(okd_train, "resource", None)                # where the system does not say how much memory there was
-    okd_train.main(["--benchmark", "1", "--model", "acgan", "--data", str(photos), *TINY, "--groups", "1"])
-    text = capsys.readouterr().out
-    assert "peak memory" not in text and "The paper's 50,000 steps take" in text
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "--benchmark is done by one process" in refused(capsys, "--benchmark", "--data", photos, *TINY)
