@@ -421,7 +421,7 @@ def find_weights(path=None, download=True):
         file = Path(hub) / "checkpoints" / WEIGHTS_URL.rsplit("/", 1)[1]
         if not file.is_file():
             if not download:
-                raise FidError(f"no Inception weights: download {WEIGHTS_URL} to {file}, or name a file with --weights")
+                raise FidError(f"no Inception weights: download {WEIGHTS_URL} to {file}, or name a file with --weights or FID_WEIGHTS")
             _download(file)
     if file.name == WEIGHTS_URL.rsplit("/", 1)[1] and not _digest(file).startswith(WEIGHTS_SHA256):
         raise FidError(f"{file} is cut or another file than its name says (sha256 does not begin with {WEIGHTS_SHA256}): delete it and fetch {WEIGHTS_URL}")
@@ -457,7 +457,7 @@ def _download(file):
         os.replace(part, file)
     except (OSError, http.client.HTTPException) as e:
         reason = getattr(e, "reason", None) or getattr(e, "strerror", None) or e
-        raise FidError(f"no Inception weights and no download ({reason}): bring {WEIGHTS_URL} to {file}, or name a file with --weights") from None
+        raise FidError(f"no Inception weights and no download ({reason}): bring {WEIGHTS_URL} to {file}, or name a file with --weights or FID_WEIGHTS") from None
     finally:
         if part is not None:
             part.unlink(missing_ok=True)

@@ -2752,7 +2752,7 @@ def report(s, script, saved, out, makers):
     at = lambda path: f"step {path.stem[5:].lstrip('0') or '0'}"
     rows_are = "a row per group and class" if classes else "a block of rows per group"
     parts = [f"<h1>{html.escape(name)}</h1>", f"<p>{html.escape(sentence)}</p>", paragraph(terms), "<h2>Samples</h2><div class=beside>",
-             picture(opened(shown[-1]), f"Generated images at {at(shown[-1])}: {rows_are}, the same z in each column (averaged generators).") if shown else
+             picture(opened(shown[-1]), f"Generated images at {at(shown[-1])}: {rows_are}, the same z in each column (weights averaged over the steps).") if shown else
              paragraph("No sample grid yet."),
              picture(opened(out / "samples" / "real.png"), "Real images that were trained on."), "</div>"]
     if shown[:-1]:
@@ -2767,7 +2767,8 @@ def report(s, script, saved, out, makers):
                 n = np.nanargmin(values)
                 rows.append((k, float(values[-1]), *(("", "") if k == "floor" else (float(values[n]), scores[n]["step"]))))
         parts += ["<h2>Scores</h2>", paragraph(
-            f"The distance between {last.get('samples', '?')} generated images per group and {last.get('reals', '?')} real ones, in the features of a network; lower is better. "
+            f"The distance between {last.get('samples', '?')} generated images per group and {last.get('reals', '?')} real ones, in the features of "
+            f"{'networks with random weights (rFD: compare it with rFD alone)' if last.get('score') == 'rFD' else 'the Inception network'}; lower is better. "
             "union: all groups together. floor: one half of the real images against the other, about the best that can be expected."),
             table(f"{last.get('score', 'score')} at {len(scores)} steps", ("", f"last (step {last['step']})", "best", "at step"), rows)]
     parts += ["<h2>Curves</h2>", picture(made("curves"), "Losses, attention weights and scores over the steps, a panel per quantity, a colour per group.", kind="PNG"),

@@ -709,6 +709,14 @@ def test_check_says_what_is_missing(case, what, words, photos, finished, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_check_opens_a_part_of_many_images(photos, monkeypatch):
+    found = okd_train.list_images(photos) * 100
+    monkeypatch.setattr(okd_train, "list_images", lambda folder: found)
+    s, script, _ = okd_train.parse(["--data", str(photos), *TINY])
+    (state, _, text), = okd_train.check_data(s, script, None, None)
+    assert state == "note" and text.startswith("1600 images") and text.endswith("; 800 of them were opened") and s.images == 1600
+
+
 def test_check_names_a_pair_of_processes_that_fails(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(okd_train, "PAIR", "raise SystemExit('no network')")
     monkeypatch.setattr(okd_train, "check_training", lambda *a: [])
