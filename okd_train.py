@@ -553,6 +553,10 @@ class Ranks:
         dist.all_gather_object(out, value)
         return out
 
+    def first(self, value):
+        """The first value of all ranks that is not None, on every rank; None where there is none."""
+        return next((v for v in self.everyone(value) if v is not None), None)
+
     def hand_out(self, whole):
         """One object per rank, given on rank 0 as a list -> this rank's."""
         if self.world == 1:
@@ -563,16 +567,15 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self):
-        """If the body raises UserError on any rank, every rank raises the first one's."""
+        """If the body raises UserError or OSError on any rank, every rank raises the first one's, as UserError."""
         error = None
         try:
             yield
-        except UserError as e:
+        except (UserError, OSError) as e:
             error = e
-        errors = self.everyone(error and str(error))
-        for r, text in enumerate(errors):
-            if text is not None:
-                raise UserError(text if r == 0 else f"rank {r}: {text}")
+        text = self.first(error and f"{f'rank {self.rank}: ' if self.rank else ''}{error}")
+        if text is not None:
+            raise UserError(text)
 
     def compare(self, **what):
         """Refuse a rank that was started with something else: {name: value}, equal on all ranks or an error that names both."""
@@ -631,6 +634,7 @@ class Network:
         self.net, self.ranks = net, ranks if ranks and ranks.replicas > 1 else None
         self.params = [p for p in net.parameters() if p.requires_grad]
         self.opt = torch.optim.Adam(self.params, lr=lr, betas=(s.beta1, s.beta2), fused=True, capturable=self.params[0].is_cuda)
+        self.opt._warned_capturable_if_run_uncaptured = True        # torch would say so on stderr, but the first steps must run uncaptured
         inside = [m for m in net.modules() if isinstance(m, parametrize.ParametrizationList)]
         self.parametrizations = [m for p in inside for m in p]
         self.normed = [(m, name) for m in net.modules() if parametrize.is_parametrized(m) for name in m.parametrizations]
@@ -769,13 +773,15 @@ class Inputs:
 
 class Lanes:
     """Streams for networks that do not wait for one another: their small kernels then share the GPU. Each begins where the
-    main stream stands; nothing made in one may be freed before join()."""
+    current stream stands; nothing made in one and used in another may be freed before join()."""
 
     def __init__(self):
         self.main, self.streams, self.open = torch.cuda.Stream(), {}, {}
 
     def __call__(self, *name, after=()):
-        stream = self.open[name] = self.streams.setdefault(name, torch.cuda.Stream())
+        if name not in self.streams:                                # torch has 32 streams, and goes through them in turn
+            self.streams[name] = torch.cuda.Stream()
+        stream = self.open[name] = self.streams[name]
         stream.wait_stream(torch.cuda.current_stream())
         for other in after:
             stream.wait_stream(self.streams[other])
@@ -786,9 +792,20 @@ class Lanes:
             torch.cuda.current_stream().wait_stream(stream)
         self.open.clear()
 
+    def run(self, work):
+        """work(self) on the main stream, where it will be captured: cuBLAS makes its workspaces per stream."""
+        outside = torch.cuda.current_stream()
+        self.main.wait_stream(outside)
+        with torch.cuda.stream(self.main):
+            out = work(self)
+        outside.wait_stream(self.main)
+        return out
+
 
 class OneLane:
     """Lanes where there is nothing to overlap: one thing after the other."""
+
+    main = None
 
     def __call__(self, *name, after=()):
         return contextlib.nullcontext()
@@ -796,11 +813,15 @@ class OneLane:
     def join(self):
         pass
 
+    def run(self, work):
+        return work(self)
+
 
 def record(work, pool, stream):
     """Capture what work() launches -> (graph, what work returned). Nothing runs until graph.replay()."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    # The outer context, because torch.cuda.graph leaves its stream the current one when a capture fails.
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream):
         result = work()
     return graph, result
 
@@ -825,7 +846,7 @@ class Trainer:
         self.bad = torch.zeros(len(self.groups), 3, dtype=torch.int64, device=device)   # the step at which D, C, G lost finiteness, or 0
         self.lanes = Lanes() if device.type == "cuda" else OneLane()
         self.drew, self.mark = False, None                          # whether the script draws by itself
-        self.graphs, self.graph_note, self.warm, self.capturing = None, None, 0, False
+        self.graphs, self.captured_for, self.graph_note, self.warm, self.capturing = None, None, None, 0, False
         if s.cuda_graph != "off" and (why := self.obstacle()):
             self.go_without(why)
 
@@ -979,12 +1000,12 @@ class Trainer:
         self.bad.copy_(torch.where((self.bad == 0) & ~torch.isfinite(losses).view_as(self.bad), plan[0]["step"], self.bad))
         return out
 
-    def eager(self, lanes, exchange):
+    def eager(self, lanes):
         steps = self.compute(lanes)
         try:
             images = next(steps)
             while True:
-                images = steps.send(exchange(images))
+                images = steps.send(self.ranks.exchange(images))
         except StopIteration as e:
             return e.value
 
@@ -992,29 +1013,19 @@ class Trainer:
         """One step of every group. Returns per group {"d": (loss, logs), "c": ..., "g": ...}, tensors on the device, which the
         next step may overwrite."""
         self.given.put(self.inputs(self.step_count))
-        if self.s.cuda_graph != "off" and self.warm >= WARM_UP and self.graph_note is None:
+        undecided = self.s.cuda_graph != "off" and self.graph_note is None
+        if undecided and self.warm >= WARM_UP or self.graphs and self.captured_for != bool(self.s.rho):
             self.capture()
-        if self.graphs and self.captured_for != self.structure():
-            self.capture()
-        out = self.replay() if self.graphs else self.eager_step()
+        lanes = self.lanes if undecided and self.warm < WARM_UP else OneLane()       # the first steps as they will be captured
+        out = self.replay() if self.graphs else lanes.run(self.eager)
         self.warm += 1
         self.step_count += 1
-        return out
-
-    def eager_step(self):
-        if self.warm >= WARM_UP or isinstance(self.lanes, OneLane) or self.s.cuda_graph == "off":
-            return self.eager(OneLane(), self.ranks.exchange)
-        main, outside = self.lanes.main, torch.cuda.current_stream()        # as it will be captured: every stream warms its libraries up
-        main.wait_stream(outside)
-        with torch.cuda.stream(main):
-            out = self.eager(self.lanes, self.ranks.exchange)
-        outside.wait_stream(main)
         return out
 
     # ------------------------------------------------------------------------------------------ CUDA graph
     def obstacle(self):
         """Why this step cannot be captured; None if it can be tried."""
-        if self.ranks.replicas > 1:
+        if self.ranks.world > self.ranks.n_groups:                  # though this rank may have its group alone: all answer alike
             return "several processes share a group's batch"
         if self.ranks.staged:
             return "two processes share a GPU"
@@ -1023,37 +1034,48 @@ class Trainer:
         if self.device.type != "cuda":
             return f"the device is {self.device.type}"
 
-    def structure(self):
-        """What decides which kernels a step launches, and may be changed while training."""
-        return bool(self.s.rho)
-
     def capture(self):
         """Record the step, and keep the recording only if a replay does what an eager step does from the same state.
 
-        With one process it is one graph; with several the exchange lies between two (2 n_critic). Sets self.graph_note, one line.
+        With one process it is one graph; with several every exchange lies between two. All ranks capture or none, as a replay exchanges
+        images with the replays of the others. Sets self.graph_note, one line; nothing else has moved afterwards.
         """
-        why, self.graphs = self.obstacle(), None
+        self.graphs, self.captured_for = None, bool(self.s.rho)     # with rho 0 a step launches other kernels
+        why = self.ranks.first(self.obstacle())
         if why is None:
+            before = [t.clone() for t in self.moving()]
+            eager = self.tried(lambda: self.eager(OneLane()), before)       # first, so that its memory is free again for the graph
             try:
-                self.capturing, self.captured_for = True, self.structure()
+                self.capturing = True
                 self.graphs = self.record_graphs()
             except Exception as e:
+                e = e.__context__ or e                              # the end of a failed capture fails, too, and hides the reason
                 why = f"capturing it failed: {where(e, self.script.path)[:200]}"
-            finally:
-                self.capturing = False
                 for g in self.groups:
                     for n in g.nets.values():
                         n.opt.zero_grad(set_to_none=True)
-        if self.ranks.agree(int(why is not None))[0]:               # all ranks or none: a replay of one exchanges with a replay of all
-            why, self.graphs = why or "another process could not capture it", None
-        else:
-            difference = self.prove()
-            if self.ranks.agree(int(not difference <= PROOF))[0]:
-                self.graphs, why = None, f"a replay differed from an eager step by {difference:.1g} of the largest gradient"
+            finally:
+                self.capturing = False
+            why = self.ranks.first(why)
+        if why is None:
+            shares = [((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in zip(eager, self.tried(self.replay, before))]
+            worst = max(self.ranks.everyone(max(math.inf if math.isnan(x) else x for x in shares)))
+            if worst > PROOF:
+                why = f"a replay differed from an eager step by {worst:.1g} of the largest gradient"
         if why:
+            self.graphs = None
             self.go_without(why)
         else:
             self.graph_note = f"Steps run as {len(self.graphs)} CUDA graph{'s' * (len(self.graphs) > 1)}, found equal to an eager step."
+
+    def tried(self, run, before):
+        """Every network's first moments of Adam (with beta1 = 0 the gradients) after run(); then all that moved is put back as in `before`."""
+        run()
+        moments = [torch.cat([state["exp_avg"].flatten() for state in n.opt.state.values()]) for g in self.groups for n in g.nets.values()]
+        with torch.no_grad():
+            for t, old in zip(self.moving(), before):
+                t.copy_(old)
+        return moments
 
     def go_without(self, why):
         if self.s.cuda_graph == "on":
@@ -1062,24 +1084,22 @@ class Trainer:
 
     def record_graphs(self):
         """-> list of (graph, its result, neighbours to fill before the next graph); the last one's result is the step's."""
-        main = getattr(self.lanes, "main", None)
         if self.ranks.world == 1:
-            graph, out = record(lambda: self.eager(self.lanes, self.ranks.exchange), None, main)
+            graph, out = record(lambda: self.eager(self.lanes), None, self.lanes.main)
             return [(graph, out, None)]
-        graphs, steps, pool, received = [], self.compute(self.lanes), None, None
+        graphs, steps, pool, received, done = [], self.compute(self.lanes), None, None, False
 
         def part():
             try:
-                return steps.send(None if received is None else lambda: received), False
+                return steps.send(received and (lambda: received)), False
             except StopIteration as e:
                 return e.value, True
-        while True:
-            graph, (result, done) = record(part, pool, main)
-            pool = graph.pool()
+        while not done:
+            graph, (result, done) = record(part, pool, self.lanes.main)
+            pool = graph.pool()                                     # what one graph leaves to the next stays where it is
             received = None if done else {i: torch.zeros_like(x) for i, x in result.items()}
             graphs.append((graph, result, received))
-            if done:
-                return graphs
+        return graphs
 
     def replay(self):
         for graph, result, received in self.graphs:
@@ -1098,27 +1118,6 @@ class Trainer:
             for n in g.nets.values():
                 tensors += [v for state in n.opt.state.values() for v in state.values()]
         return tensors
-
-    @torch.no_grad()
-    def prove(self):
-        """The present step, eager and replayed from the same state -> largest difference of Adam's first moments (with beta1 = 0
-        the gradients), as a share of each network's largest. The state afterwards is what it was before."""
-        nets = [n for g in self.groups for n in g.nets.values()]
-        moments = lambda: [torch.cat([state["exp_avg"].flatten() for state in n.opt.state.values()]) for n in nets]
-        before = [t.clone() for t in self.moving()]
-
-        def put_back():
-            for t, old in zip(self.moving(), before):
-                t.copy_(old)
-        with torch.enable_grad():
-            self.eager(OneLane(), self.ranks.exchange)
-        eager = moments()
-        put_back()
-        self.replay()
-        replayed = moments()
-        put_back()
-        shares = [((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in zip(eager, replayed)]
-        return max(math.inf if math.isnan(x) else x for x in shares)
 
     def first_bad(self):
         """4096 * step + a number for name_bad: the first loss of this process that was not finite; 0 if all were. Waits for the device."""
@@ -1153,6 +1152,8 @@ class Trainer:
                         moments[k] = torch.empty_like(p).copy_(moments[k])
         self.use_given_rates()
         self.step_count = step
+        if self.graphs:                                             # they still move the optimisers' old tensors
+            self.graphs = self.graph_note = None
 
 
 def name_bad(number):
@@ -2892,7 +2893,7 @@ def machine_rates(trainer, n):
         for m in trainer.groups[0].nets[role].net.modules():
             if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
                 hooks.append(m.register_forward_hook(lambda m, i, o: layers.append((m, i[0].shape, o.shape))))
-    trainer.eager(OneLane(), trainer.ranks.exchange)
+    trainer.eager(OneLane())
     for h in hooks:
         h.remove()
     flops = seconds = 0
