@@ -1130,9 +1130,9 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ state
     def states(self):
-        """{i: all that moves in group i} of this rank's groups, as plain tensors and dicts."""
-        return {g.i: {"ema": g.ema.state_dict(), **{role: {"net": n.net.state_dict(), "opt": n.opt.state_dict()["state"]}
-                                                    for role, n in g.nets.items()}} for g in self.groups}
+        """{i: all that moves in group i} of this rank's groups, as plain tensors and dicts on the CPU."""
+        return on_cpu({g.i: {"ema": g.ema.state_dict(), **{role: {"net": n.net.state_dict(), "opt": n.opt.state_dict()["state"]}
+                                                           for role, n in g.nets.items()}} for g in self.groups})
 
     def state(self):
         """The content of checkpoint.pt, on rank 0; None elsewhere."""
@@ -1154,6 +1154,15 @@ class Trainer:
         self.step_count = step
         if self.graphs:                                             # they still move the optimisers' old tensors
             self.graphs = self.graph_note = None
+
+
+def on_cpu(state):
+    """Nested dicts with their tensors on the CPU: from cuda:3 they would be sent to, and loaded on, cuda:3 wherever that is."""
+    if isinstance(state, dict):
+        new = copy.copy(state)                                      # with the versions that torch notes on a state_dict
+        new.update((k, on_cpu(v)) for k, v in state.items())
+        return new
+    return state.cpu() if isinstance(state, torch.Tensor) else state
 
 
 def name_bad(number):
@@ -1637,7 +1646,7 @@ class Scores:
                 z = draw(s.seed, c, 0, "fid", "normal", (CHUNK, s.z_dim))
                 y = (torch.arange(CHUNK) + c * CHUNK) % len(classes) if classes else None
                 mine[g.i, c] = self.features(generate(g.ema, z, y)[:self.n - c * CHUNK])
-        parts, states = ranks.collect(mine), ranks.collect({g.i: g.ema.state_dict() for g in trainer.groups})
+        parts, states = ranks.collect(mine), ranks.collect({g.i: on_cpu(g.ema.state_dict()) for g in trainer.groups})
         if parts is None:
             return None
         real, floor = self.real(out)
@@ -2183,11 +2192,10 @@ def loop(trainer, s, out, say, scores=None):
             if trainer.device.type == "cpu" or any(due.values()) or step % 50 == 0:        # elsewhere a look costs a wait
                 bad = trainer.first_bad()
             over = s.max_seconds is not None and now - begin >= s.max_seconds
-            signalled, timeout, bad = ranks.agree(stop.signal, int(over), bad)
+            signalled, timeout, lost = ranks.agree(stop.signal, int(over), int(bad > 0))
             if signalled or timeout:
                 due.update(log=True, sample=True, save=True)
-                bad, = ranks.agree(bad or trainer.first_bad())
-            if bad:
+            if (signalled or timeout or lost) and (bad := min((b for b in ranks.everyone(trainer.first_bad()) if b), default=0)):
                 kept = out / "checkpoint.pt"
                 raise UserError(f"step {bad // 4096}: the loss of the {name_bad(bad % 4096)} is not finite; "
                                 f"{f'the last good state is in {kept}' if kept.exists() else 'there is no checkpoint yet'}. "
@@ -3312,10 +3320,10 @@ def main(argv=None):
             with Lock(s.out) as lock:
                 train(s, script, named, changed, lock)
     except (UserError, OSError) as e:                               # OSError: stdout on a full disk or closed, a name that is too long
-        if os.environ.get("RANK", "0") == "0":
-            print(f"okd_train.py: error: {one_line(e)}", file=sys.stderr, flush=True)
-        elif not dist.is_initialized():                             # the launcher ends rank 0, too, as soon as we end: let it speak first
-            time.sleep(3)
+        rank = int(os.environ.get("RANK", 0))
+        if rank:                                                    # mostly rank 0 says the same, and the launcher ends us with it:
+            time.sleep(5)                                           # who is left after that has met an error of its own
+        print(f"okd_train.py: error: {f'rank {rank}: ' if rank else ''}{one_line(e)}", file=sys.stderr, flush=True)
         if isinstance(e, OSError):
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
