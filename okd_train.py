@@ -98,8 +98,8 @@ FORMAT = "okd-gan 1"            # of checkpoint.pt
 # Least and most of each number, as bounds against slips: beyond them a run would die of memory, or never end, without a word.
 LIMITS = dict(groups=(1, 1000), steps=(1, 10 ** 12), batch_size=(1, 10 ** 6), n_critic=(1, 1000), image_size=(4, 4096), z_dim=(1, 10 ** 6),
               log_every=(1, None), sample_every=(1, None), save_every=(1, None), fid_every=(1, None), rho=(0, None), g_lr=(0, None), d_lr=(0, None),
-              c_lr=(0, None), seed=(0, None), n_classes=(1, 10 ** 5), sample=(1, 10 ** 7), fid_samples=(4, 10 ** 7), nproc=(1, 1024), benchmark=(1, 10 ** 6),
-              interpolate=(2, 1000))
+              c_lr=(0, None), beta1=(0, 0.999999), beta2=(0, 0.999999), seed=(0, None), n_classes=(1, 10 ** 5), sample=(1, 10 ** 7), fid_samples=(4, 10 ** 7),
+              nproc=(1, 1024), benchmark=(1, 10 ** 6), interpolate=(2, 1000), epochs=(1e-6, 1e12), max_seconds=(1e-6, 1e12))
 NONE_BY_DEFAULT = dict(data=str, epochs=float, max_seconds=float, device=str, fid_every=int, fid_samples=int, fid_data=str,
                        precision=str)                                # flags without a default
 MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc", "cuda_graph",
@@ -118,6 +118,21 @@ class UserError(Exception):
 def one_line(text):
     """Line breaks, terminal commands and what is no text in a file's name, spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def brief(error):
+    """The message of an exception in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+def flag(key):
+    """g_lr -> --g-lr."""
+    return "--" + key.replace("_", "-")
+
+
+def digest(data, size=8):
+    """Hash of bytes, an array, or a file's content, of `size` bytes in hexadecimal."""
+    return hashlib.blake2b(data.read_bytes() if isinstance(data, Path) else data, digest_size=size).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- randomness
@@ -150,8 +165,13 @@ def seed_torch(seed, step, group, purpose):
 
 
 # ---------------------------------------------------------------------------------------------- losses for scripts without
+def takes(f, name):
+    """Whether `f` has a parameter of that name."""
+    return name in inspect.signature(f).parameters
+
+
 def _score(D, x, y):
-    out = D(x, y) if "y" in inspect.signature(D.forward).parameters else D(x)
+    out = D(x, y) if takes(D.forward, "y") else D(x)
     return (out[0] if isinstance(out, tuple) else out).flatten()
 
 
@@ -192,45 +212,39 @@ class Script:
             sys.path.remove(str(self.path.parent))
             if known is not None:
                 sys.modules[self.name] = known
+
+        def must(holds, complaint):
+            if not holds:
+                raise UserError(f"{self.path}{complaint}")
         for name in ("Generator", "Discriminator"):
-            if not inspect.isclass(getattr(module, name, None)):
-                raise UserError(f"{self.path} has no class {name}; a model script needs Generator and Discriminator")
-            if not issubclass(getattr(module, name), torch.nn.Module):
-                raise UserError(f"{self.path}: {name} is no torch.nn.Module")
+            must(inspect.isclass(getattr(module, name, None)), f" has no class {name}; a model script needs Generator and Discriminator")
+            must(issubclass(getattr(module, name), torch.nn.Module), f": {name} is no torch.nn.Module")
         self.Generator, self.Discriminator = module.Generator, module.Discriminator
         self.discriminator_loss = getattr(module, "discriminator_loss", discriminator_loss)
         self.generator_loss = getattr(module, "generator_loss", generator_loss)
         self.connector_loss = getattr(module, "connector_loss", self.discriminator_loss)
-        own = getattr(module, "hparams", {})
-        if not isinstance(own, dict):
-            raise UserError(f"{self.path}: hparams is a {type(own).__name__}; it must be a flat dict")
         for name in ("discriminator_loss", "generator_loss", "connector_loss"):
-            if not callable(getattr(self, name)):
-                raise UserError(f"{self.path}: {name} is a {type(getattr(self, name)).__name__}; it must be a function")
+            must(callable(f := getattr(self, name)), f": {name} is a {type(f).__name__}; it must be a function")
+        own = getattr(module, "hparams", {})
+        must(isinstance(own, dict), f": hparams is a {type(own).__name__}; it must be a flat dict")
         self.conditional = "n_classes" in own
         self.autocast = bool(getattr(module, "autocast", False))    # its losses are written for bf16 and keep the penalty out of it
         self.channels_last = bool(getattr(module, "channels_last", False))      # its layers take weights and images in either layout
-        readers = [set(inspect.signature(f).parameters) for f in self.callables()]
-        self.hparams = {k: v for k, v in {**TRAINER_HPARAMS, **OWN_LOSS_HPARAMS}.items()
-                        if k in TRAINER_HPARAMS or any(k in r for r in readers)}
+        callables = self.Generator, self.Discriminator, self.discriminator_loss, self.generator_loss, self.connector_loss
+        read = {name for f in callables for name in inspect.signature(f).parameters} | TRAINER_HPARAMS.keys() | {"n_classes"}
+        self.hparams = {k: v for k, v in {**TRAINER_HPARAMS, **OWN_LOSS_HPARAMS}.items() if k in read}
         for key, value in own.items():
-            if not isinstance(key, str) or not key.isidentifier() or not isinstance(value, (bool, int, float, str)):
-                raise UserError(f"{self.path}: hparams[{key!r}] = {value!r}; keys are names, values bool, int, float or str")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{self.path}: hparams[{key!r}] = {value!r}; it must be finite")
+            entry = f": hparams[{key!r}] = {value!r}; "
+            must(isinstance(key, str) and key.isidentifier() and isinstance(value, (bool, int, float, str)), entry + "keys are names, values bool, int, float or str")
+            must(not isinstance(value, float) or math.isfinite(value), entry + "it must be finite")
             kind = type(TRAINER_HPARAMS.get(key, 0 if key == "n_classes" else value))
-            if kind is int and type(value) is not int or kind is float and type(value) not in (int, float):
-                raise UserError(f"{self.path}: hparams[{key!r}] = {value!r}; it must be a {'whole ' if kind is int else ''}number")
-            if key not in TRAINER_HPARAMS and key != "n_classes" and not any(key in r for r in readers):
-                raise UserError(f"{self.path}: hparams has {key!r}, but no constructor and no loss of the script names it")
-            self.hparams[key] = float(value) if isinstance(TRAINER_HPARAMS.get(key), float) else value
+            must(kind not in (int, float) or type(value) in (int, kind), entry + f"it must be a {'whole ' if kind is int else ''}number")
+            must(key in read, f": hparams has {key!r}, but no constructor and no loss of the script names it")
+            self.hparams[key] = float(value) if kind is float else value
 
     def layout(self, device):
         """The memory format of weights and images on `device`: channels_last where it was measured to win."""
         return torch.channels_last if self.channels_last and device.type == "cpu" else torch.contiguous_format
-
-    def callables(self):
-        return (self.Generator, self.Discriminator, self.discriminator_loss, self.generator_loss, self.connector_loss)
 
 
 def find_script(model):
@@ -252,12 +266,11 @@ def where(error, path):
         if tb.tb_frame.f_code.co_filename == str(path):
             line = tb.tb_lineno
         tb = tb.tb_next
-    text = " ".join(str(error).split())
-    return f"{f'line {line}: ' if line else ''}{type(error).__name__}: {text}"
+    return f"{f'line {line}: ' if line else ''}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def bind(f, settings):
-    """The settings that `f` names as parameters."""
+    """The settings that `f` has parameters for, as a dict of keywords."""
     return {k: settings[k] for k in inspect.signature(f).parameters if k in settings}
 
 
@@ -357,7 +370,7 @@ def load_images(folder, size, conditional, skip_bad, say):
             images[k], resized = decode(files[k][0], size)
             return resized
         except Exception as e:
-            return f"{files[k][0]} ({' '.join(str(e).split()) or type(e).__name__})"
+            return f"{files[k][0]} ({brief(e) or type(e).__name__})"
 
     results = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:   # Pillow decodes outside the interpreter's lock
@@ -389,9 +402,9 @@ class Data:
 
     def __init__(self, images, labels, classes, s, device):
         self.images, self.labels, self.classes = images.to(device), labels.to(device), classes
-        digest = hashlib.blake2b(images.numpy(), digest_size=16)    # no copy of what may be gigabytes
-        digest.update(labels.numpy())
-        self.digest = digest.hexdigest()
+        whole = hashlib.blake2b(images.numpy(), digest_size=16)     # no copy of what may be gigabytes
+        whole.update(labels.numpy())
+        self.digest = whole.hexdigest()
         self.s, self.orders = s, {}
 
     def indices(self, batch, group):
@@ -833,11 +846,9 @@ class Trainer:
         self.script, self.s, self.data, self.device = script, s, data, device
         self.ranks = ranks or Ranks(s.groups, s.batch_size, device)
         self.conditional = script.conditional
-        self.names = {}
-        for role, f in (("D", script.discriminator_loss), ("C", script.connector_loss), ("G", script.generator_loss)):
-            self.names[role] = bind(f, vars(s))
-        self.takes_eps = {role: "eps" in inspect.signature(f).parameters
-                          for role, f in (("D", script.discriminator_loss), ("C", script.connector_loss))}
+        losses = {"D": script.discriminator_loss, "C": script.connector_loss, "G": script.generator_loss}
+        self.names = {role: bind(f, vars(s)) for role, f in losses.items()}         # the settings that each loss reads
+        self.takes_eps = {role: takes(losses[role], "eps") for role in "DC"}
         self.groups = [Group(i, script, s, device, self.ranks) for i in self.ranks.mine]
         self.bf16 = s.precision == "bf16"
         self.step_count = 0
@@ -934,11 +945,11 @@ class Trainer:
 
     def generator_step(self, g, d, number, fake, rho):
         """One update of a generator against its frozen critics; `fake` carries the generator's graph, rho is a 0-d tensor."""
-        labels = (d["y"],) if self.conditional else ()
+        labels, critics, every = (d["y"],) if self.conditional else (), [role for role in "DC" if role in g.nets], {}
 
         def loss():
             total = 0
-            for role in self.answers(g):
+            for role in critics if self.s.rho else "D":             # a connector of weight 0 is not asked
                 self.seed(number, g, f"G {role}")
                 with self.autocast(g.nets[role], enabled=self.script.autocast):
                     out = self.script.generator_loss(g.nets[role].net, fake, *labels, **self.names["G"])
@@ -946,17 +957,10 @@ class Trainer:
                 total = value if role == "D" else total + rho * value
                 every.update({k if role == "D" else f"c_{k}": v for k, v in logs.items()})
             return total, every
-
-        every = {}
         with contextlib.ExitStack() as stack:
-            for role in ("D", "C"):
-                if role in g.nets:
-                    stack.enter_context(g.nets[role].frozen())
+            for role in critics:
+                stack.enter_context(g.nets[role].frozen())
             return g.nets["G"].step(loss)
-
-    def answers(self, g):
-        """The critics that a generator answers to: no connector where its weight is 0."""
-        return [role for role in ("D", "C") if role in g.nets and (role == "D" or self.s.rho)]
 
     def compute(self, lanes):
         """The whole step on the device, reading self.given and nothing else that changes from step to step.
@@ -1383,7 +1387,7 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as e:
-        raise UserError(f"cannot write {path}: {' '.join(str(e).split())[:200]}") from e
+        raise UserError(f"cannot write {path}: {brief(e)}") from e
 
 
 @contextlib.contextmanager
@@ -1464,7 +1468,7 @@ def load_generator(path, device="cpu", model=None):
         if not all(v.isfinite().all() for v in d["state_dict"].values()):
             raise ValueError("its numbers are not finite")
     except Exception as e:                                          # a constructor may raise anything at arguments that are none
-        raise UserError(f"{path} does not fit {model or d['model']}: {' '.join(str(e).split())[:200]}") from e
+        raise UserError(f"{path} does not fit {model or d['model']}: {brief(e)}") from e
     return G.eval().requires_grad_(False).to(device)
 
 
@@ -1612,7 +1616,7 @@ class Scores:
         self.images, self.of = data.images, data.digest
         if s.fid_data:
             self.images, _, _ = load_images(s.fid_data, s.image_size, False, s.skip_bad, lambda text: None)
-            self.of = hashlib.blake2b(self.images.numpy().tobytes(), digest_size=16).hexdigest()
+            self.of = digest(self.images.numpy(), 16)
         try:
             self.model = fid.inception(device=device) if s.fid_features == "inception" else fid.random_networks(device)
         except fid.FidError as e:
@@ -1710,12 +1714,10 @@ def trainer_flags(p):
 
 def parse(argv):
     """argv -> (settings, script, names of the flags that were given)."""
-    argv = [("--" + a[2:].split("=")[0].replace("_", "-") + a[2 + len(a[2:].split("=")[0]):]) if a.startswith("--") else a for a in argv]
+    argv = [re.sub("^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in argv]
     first = Parser(add_help=False, allow_abbrev=False)
-    for name in ("--model", "--out"):
-        first.add_argument(name)
-    for name in ("resume", "sample", "per-class", *PICTURES):
-        first.add_argument("--" + name.replace("_", "-"), nargs="?", const=True)
+    for name in ("model", "out", "resume", "sample", "per_class", *PICTURES):
+        first.add_argument(flag(name), **({} if name in ("model", "out") else dict(nargs="?", const=True)))
     early, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     saved = {}
     if early.model is None and early.out and (early.resume or exports(early) or asked(early)) and (Path(early.out) / "args.json").exists():
@@ -1730,11 +1732,10 @@ def parse(argv):
     group = p.add_argument_group(f"settings of {script.name}")
     for key, value in script.hparams.items():
         if key in own:
-            raise UserError(f"{script.path}: hparams has {key!r}, which clashes with the trainer's own flag --{key.replace('_', '-')}")
-        flag, text = "--" + key.replace("_", "-"), f"(default {value})".replace("%", "%%")
-        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else dict(type=type(value), metavar=type(value).__name__.upper()))
+            raise UserError(f"{script.path}: hparams has {key!r}, which clashes with the trainer's own flag {flag(key)}")
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else dict(type=type(value), metavar=type(value).__name__.upper())
         try:
-            group.add_argument(flag, default=value, help=text, **kind)
+            group.add_argument(flag(key), default=value, help=f"(default {value})".replace("%", "%%"), **kind)
         except argparse.ArgumentError as e:                         # x=True brings --no-x too
             raise UserError(f"{script.path}: hparams has {key!r}, whose flag {' '.join(e.message.split())}") from None
     s = p.parse_args(argv)
@@ -1771,9 +1772,11 @@ def read_args(out):
 def check_settings(saved, s, script, path):
     """Refuse settings of args.json that this program cannot have written: edited by hand, or by another version of the script."""
     for key in script.hparams.keys() | {"groups", "seed", "flip"}:
-        if key not in saved:
+        if key not in saved["settings"]:
             raise UserError(f"{path}: settings lack {key!r}; put it back, or start another run with --out")
-    for key, value in saved.items():
+    if script.conditional and saved["n_classes"] != len(saved["classes"]):
+        raise UserError(f"{path}: n_classes is {saved['n_classes']}, but {len(saved['classes'])} classes are named")
+    for key, value in saved["settings"].items():
         if not hasattr(s, key):
             raise UserError(f"{path}: settings hold {key!r}, which {script.name} has no flag for; take it out, or start another run with --out")
         kind = NONE_BY_DEFAULT.get(key) or type(getattr(s, key))
@@ -1786,27 +1789,26 @@ def settle(s, script, named):
     changed = {}
     if s.out is None:
         s.out = f"runs/{script.name}-{s.groups}"
-    if asked(s) and (idle := named - {*PICTURES, "out", "model", "device"}):
-        flag = lambda name: "--" + name.replace("_", "-")
-        raise UserError(f"{', '.join(map(flag, sorted(idle)))}: no use beside {flag(asked(s)[0])}, which reads the run in --out and does not train; leave it out")
-    idle = named & (MAY_CHANGE - {"device", "nproc"} | {"resume"} if exports(s) else {"group", "to", "npz"})
-    if idle:
-        raise UserError(f"{', '.join('--' + k.replace('_', '-') for k in sorted(idle))}: without effect {'with' if exports(s) else 'without'} --sample or --per-class")
-    idle = named & (MAY_CHANGE - {"device", "cuda_graph", "precision"} | {"resume", "out", "nproc", "sample", "per_class"} if s.benchmark is not None else {"json"})
-    if idle:
-        raise UserError(f"{', '.join('--' + k.replace('_', '-') for k in sorted(idle))}: without effect {'with' if s.benchmark is not None else 'without'} --benchmark")
-    if (s.resume or exports(s) or asked(s)) and (Path(s.out) / "args.json").exists():
+    args, timed = Path(s.out) / "args.json", s.benchmark is not None
+    for idle, why in (
+            (named - {*PICTURES, "out", "model", "device"} if asked(s) else (),
+             f"no use beside {', '.join(map(flag, asked(s)))}, which reads the run in --out and does not train; leave it out"),
+            (named & (MAY_CHANGE - {"device", "nproc"} | {"resume"} if exports(s) else {"group", "to", "npz"}),
+             f"without effect {'with' if exports(s) else 'without'} --sample or --per-class"),
+            (named & (MAY_CHANGE - {"device", "cuda_graph", "precision"} | {"resume", "out", "nproc", "sample", "per_class"} if timed else {"json"}),
+             f"without effect {'with' if timed else 'without'} --benchmark")):
+        if idle:
+            raise UserError(f"{', '.join(map(flag, sorted(idle)))}: {why}")
+    if (s.resume or exports(s) or asked(s)) and args.exists():
         saved = read_args(Path(s.out))
         if "model" in named and Path(saved["script"]).stem != script.name:
             raise UserError(f"{s.out} was trained with {saved['model']}, not with {script.name}")
-        check_settings(saved["settings"], s, script, Path(s.out) / "args.json")
-        if script.conditional and saved["settings"]["n_classes"] != len(saved["classes"]):
-            raise UserError(f"{Path(s.out) / 'args.json'}: n_classes is {saved['settings']['n_classes']}, but {len(saved['classes'])} classes are named")
+        check_settings(saved, s, script, args)
         clash = []
         for key, old in saved["settings"].items():
             same = getattr(s, key) == old or (key == "data" and s.data and old and Path(s.data).resolve() == Path(old).resolve())
             if key in named and not same and key not in MAY_CHANGE:
-                clash.append(f"--{key.replace('_', '-')} is {old} there and {getattr(s, key)} here")
+                clash.append(f"{flag(key)} is {old} there and {getattr(s, key)} here")
             elif key not in named and not (key == "device" and asked(s)):       # pictures are also drawn on another machine
                 setattr(s, key, old)
         if "steps" in named and "epochs" not in named:
@@ -1821,25 +1823,14 @@ def settle(s, script, named):
     if "steps" in named and "epochs" in named:
         raise UserError("--steps and --epochs both say how long; give one")
     for key, value in vars(s).items():
-        if value == "":
-            raise UserError(f"--{key.replace('_', '-')} is empty")
-        if isinstance(value, str) and "\0" in value:
-            raise UserError(f"--{key.replace('_', '-')} {value} holds a null character")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{key.replace('_', '-')} is {value}; it must be finite")
-    for key, (low, high) in LIMITS.items():
-        value = getattr(s, key, None)
-        if value is not None and not value >= low:
-            raise UserError(f"--{key.replace('_', '-')} is {value}; it must be {low} or more")
-        if value is not None and high is not None and value > high:
-            raise UserError(f"--{key.replace('_', '-')} is {value}; it must be at most {high}")
-    for key in ("beta1", "beta2"):
-        if not 0 <= getattr(s, key) < 1:
-            raise UserError(f"--{key} is {getattr(s, key)}; it must be in [0, 1)")
-    for key in ("epochs", "max_seconds"):
-        value = getattr(s, key)
-        if value is not None and not 0 < value <= LIMITS["steps"][1]:
-            raise UserError(f"--{key.replace('_', '-')} is {value}; it must be above 0" + (f" and at most {LIMITS['steps'][1]:.0e}" if value > 0 else ""))
+        low, high = LIMITS.get(key, (None, None)) if value is not None else (None, None)
+        wrong = ("is empty" if value == "" else
+                 "holds a null character" if isinstance(value, str) and "\0" in value else
+                 f"is {value}; it must be finite" if isinstance(value, float) and not math.isfinite(value) else
+                 f"is {value}; it must be {low} or more" if low is not None and value < low else
+                 f"is {value}; it must be at most {high}" if high is not None and value > high else "")
+        if wrong:
+            raise UserError(f"{flag(key)} {wrong}")
     if s.nproc and s.nproc > s.groups * s.batch_size:
         raise UserError(f"--nproc is {s.nproc}: {s.groups} groups with batches of {s.batch_size} keep at most {s.groups * s.batch_size} processes busy; use fewer")
     return changed
@@ -1856,7 +1847,7 @@ def pick_device(name):
         torch.zeros(1, device=device).item()                        # "meta" has no values
         return device
     except Exception as e:
-        raise UserError(f"--device {name} cannot be used here: {' '.join(str(e).split())[:120]}") from e
+        raise UserError(f"--device {name} cannot be used here: {brief(e)}") from e
 
 
 def set_precision(s, device):
@@ -2002,7 +1993,7 @@ def save_args(s, script, data, out, agents):
     """args.json: every setting, and what they were used on."""
     settings = {k: v for k, v in vars(s).items() if k not in ("resume", "sample", "check", "per_class", "group", "to", "npz", "benchmark", "json", "out", "model", "nproc", *PICTURES)}
     save_json({"model": s.model, "script": str(script.path), "classes": data.classes, "images": len(data.images), "data_digest": data.digest,
-               "script_digest": hashlib.blake2b(script.path.read_bytes(), digest_size=16).hexdigest(),
+               "script_digest": digest(script.path, 16),
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
                "git": git_revision(), "agents": agents, "settings": settings}, out / "args.json")
 
@@ -2054,7 +2045,7 @@ def train(s, script, named, changed, lock):
                 check_state(trainer, states[0])
                 trainer.load_state(*states)
             except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as e:
-                raise UserError(f"{out / 'checkpoint.pt'} does not fit these networks: {' '.join(str(e).split())[:200]}") from e
+                raise UserError(f"{out / 'checkpoint.pt'} does not fit these networks: {brief(e)}") from e
     if trainer.step_count >= s.steps:
         say(f"Nothing to do: {out} is at step {trainer.step_count} of {s.steps}; raise --steps to train on.")
         return
@@ -2073,13 +2064,11 @@ def train(s, script, named, changed, lock):
             f"{f', {ranks.world} processes' if ranks.world > 1 else ''}, {precision}. {trainer.graph_note + ' ' if trainer.graph_note else ''}Pictures every {s.sample_every} steps in "
             f"{out / 'samples'}/, log every {s.log_every} in {out / 'log.jsonl'}, checkpoint every {s.save_every}.")
     if changed:
-        text += " --quick set " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in changed.items()) + "."
+        text += " --quick set " + ", ".join(f"{flag(k)} {v}" for k, v in changed.items()) + "."
     if trainer.step_count:
         text += f" Resumed at step {trainer.step_count}."
-    if s.groups == 1:
-        idle = sorted({"rho", "c_lr", "c_penalty", "c_aux"} & named)
-        if idle:
-            text += f" Note: {', '.join('--' + k.replace('_', '-') for k in idle)} without effect, one group has no connector."
+    if s.groups == 1 and (idle := {"rho", "c_lr", "c_penalty", "c_aux"} & named):
+        text += f" Note: {', '.join(map(flag, sorted(idle)))} without effect, one group has no connector."
     if s.groups > 1 and s.rho > 1:
         text += " Note: with rho above 1 it pays a generator to copy its neighbour rather than to follow the data."
     say(text)
@@ -2111,10 +2100,6 @@ def shared_data(s, script, named, device, ranks, say):
     if script.conditional:
         s.n_classes = len(classes)
     return Data(images, labels, classes, s, device)
-
-
-def digest(path):
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
 
 
 def check_split(script, s, group):
@@ -2192,7 +2177,7 @@ def loop(trainer, s, out, say, scores=None):
             if trainer.device.type == "cpu" or any(due.values()) or step % 50 == 0:        # elsewhere a look costs a wait
                 bad = trainer.first_bad()
             over = s.max_seconds is not None and now - begin >= s.max_seconds
-            signalled, timeout, lost = ranks.agree(stop.signal, int(over), int(bad > 0))
+            signalled, timeout, lost = ranks.agree(stop.signal, over, bad > 0)
             if signalled or timeout:
                 due.update(log=True, sample=True, save=True)
             if (signalled or timeout or lost) and (bad := min((b for b in ranks.everyone(trainer.first_bad()) if b), default=0)):
