@@ -510,7 +510,7 @@ class Ranks:
         N = self.n_groups
         if self.world == 1:
             return lambda: {i: images[i % N + 1] for i in images}
-        pieces, works, ops = {i: [] for i in images}, [], []
+        pieces, ops = {i: [] for i in images}, []
         for src, to, i, a, b in self.edges:
             if self.rank == src:
                 low = self.rows(i % N + 1, src)[0]
@@ -661,22 +661,19 @@ class Network:
     @contextlib.contextmanager
     def frozen(self):
         """Inside: no weight gradient, no power iteration, BatchNorm on batch statistics; no parameter or buffer moves."""
+        def let_move(on):
+            for p in self.params:
+                p.requires_grad_(on)
+            for m in self.parametrizations:
+                m.training = on
+            for m in self.norms:
+                m.track_running_stats = on                          # without, torch uses the batch and leaves the buffers alone
         kept = [b.detach().clone() for b in self.others]            # e.g. the u of a spectral norm written by hand
-        for p in self.params:
-            p.requires_grad_(False)
-        for m in self.parametrizations:
-            m.training = False
-        for m in self.norms:
-            m.track_running_stats = False                           # torch then uses the batch and leaves the buffers alone
+        let_move(False)
         try:
             yield
         finally:
-            for p in self.params:
-                p.requires_grad_(True)
-            for m in self.parametrizations:
-                m.training = True
-            for m in self.norms:
-                m.track_running_stats = True
+            let_move(True)
             with torch.no_grad():
                 for b, old in zip(self.others, kept):
                     b.copy_(old)
@@ -1176,8 +1173,8 @@ def name_bad(number):
 def probe(script, s, group):
     """Run one group's networks and losses on two samples and put everything back; say what is wrong with shapes or values."""
     dev = next(group.ema.parameters()).device
-    z, y = torch.zeros(2, s.z_dim, device=dev), torch.zeros(2, dtype=torch.long, device=dev)
-    labels = (y,) if script.conditional else ()
+    z, y = torch.zeros(2, s.z_dim, device=dev), (torch.zeros(2, dtype=torch.long, device=dev),)
+    labels = y if script.conditional else ()
     shape = lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
     with torch.no_grad(), calling(script, f"Generator called with z (2, {s.z_dim}){' and y (2,)' if labels else ''}"):
         x = group.ema(z, *labels)
@@ -1186,9 +1183,9 @@ def probe(script, s, group):
         raise UserError(f"{script.path}: Generator returned {shape(x)} for z (2, {s.z_dim}); expected {want} (--image-size {s.image_size})")
     D = group.nets["D"].net
     before = {k: v.clone() for k, v in D.state_dict().items()}
-    takes_y = "y" in inspect.signature(D.forward).parameters
+    takes_y = takes(D.forward, "y")
     with torch.no_grad(), calling(script, f"Discriminator called with images {want}{' and y (2,)' if takes_y else ''}"):
-        out = D(x, y) if takes_y else D(x)
+        out = D(x, *y * takes_y)
     score = out[0] if isinstance(out, tuple) else out
     if shape(score) not in {(2,), (2, 1), (2, 1, 1, 1)}:
         raise UserError(f"{script.path}: Discriminator returned {shape(score)} for images {want}; "
@@ -1890,8 +1887,7 @@ class Progress:
         if s is None:                                               # an export: steps are images
             line = f"image {step}/{self.total}  {rate:.1f} img/s  {left} left"
         else:
-            mean = {r: sum(v[r][0].item() for v in out.values() if r in v) / len(out) for r in ("d", "c", "g")}
-            losses = "  ".join(f"{r} {mean[r]:+.3f}" for r in ("d", "c", "g") if r != "c" or s.groups > 1)
+            losses = "  ".join(f"{r} {sum(v[r][0].item() for v in out.values()) / len(out):+.3f}" for r in ("dcg" if s.groups > 1 else "dg"))
             line = f"step {step}/{self.total}  {losses}  {rate * s.batch_size * s.groups:.1f} img/s  {left} left"
         print(f"\r{line}\x1b[K" if self.tty else line, end="" if self.tty else "\n", flush=True)
         self.open = self.tty
@@ -1938,8 +1934,7 @@ def write_log(trainer, losses, out, seconds, rate):
     groups = []
     for i in range(1, ranks.n_groups + 1):
         parts = [rows[i, k] for k in range(len(ranks.owners[i]))]
-        groups.append({k: v if k == "gamma" else sum(share * row[k] for share, row in parts) if len(parts) > 1 else v
-                       for k, v in parts[0][1].items()})
+        groups.append({k: v if k == "gamma" else sum(share * row[k] for share, row in parts) for k, v in parts[0][1].items()})
     line = {"step": trainer.step_count, "seconds": round(seconds, 3), "images_per_second": round(rate, 2), "groups": groups}
     with writing(out / "log.jsonl"), open(out / "log.jsonl", "ab") as f:
         f.write(json.dumps(line).encode() + b"\n")
@@ -1980,8 +1975,9 @@ def begin_run(s, script, trainer, out, agents):
     with writing(out):
         (out / "samples").mkdir(parents=True, exist_ok=True)
         if trainer.step_count:
-            cut_log(out / "log.jsonl", trainer.step_count, read_args(out)["log_every"])
-            cut_log(out / "fid.jsonl", trainer.step_count, read_args(out).get("fid_every") or 1)
+            saved = read_args(out)
+            cut_log(out / "log.jsonl", trainer.step_count, saved["log_every"])
+            cut_log(out / "fid.jsonl", trainer.step_count, saved.get("fid_every") or 1)
         else:
             (out / "log.jsonl").write_bytes(b"")
             (out / "fid.jsonl").unlink(missing_ok=True)             # of a run whose other files were deleted
@@ -2022,17 +2018,13 @@ def train(s, script, named, changed, lock):
         s.steps = max(1, math.ceil(s.epochs * len(data.images) / (s.batch_size * s.n_critic)))
     ranks.compare(settings=json.dumps({k: v for k, v in vars(s).items() if k not in ("out", "data", "device")}, sort_keys=True, default=str),
                   data=data.digest, code=digest(Path(__file__)) + digest(script.path))
+    saved, agents = None, ranks.everyone(agent())
     with ranks.together():
         trainer = Trainer(script, s, data, device, ranks)
         probe(script, s, trainer.groups[0])
         if ranks.replicas > 1:
             check_split(script, s, trainer.groups[0])
-    scores = None
-    with ranks.together():
-        if s.fid_every:
-            scores = Scores(s, script, data, ranks, device)
-    saved, agents = None, ranks.everyone(agent())
-    with ranks.together():
+        scores = Scores(s, script, data, ranks, device) if s.fid_every else None
         if ranks.rank == 0:
             if not s.resume or out.exists():                        # there is nothing to go on with
                 lock.take(say)
@@ -2048,7 +2040,7 @@ def train(s, script, named, changed, lock):
                 raise UserError(f"{out / 'checkpoint.pt'} does not fit these networks: {brief(e)}") from e
     if trainer.step_count >= s.steps:
         say(f"Nothing to do: {out} is at step {trainer.step_count} of {s.steps}; raise --steps to train on.")
-        return
+        return ranks.close()
     with ranks.together():
         if ranks.rank == 0:
             begin_run(s, script, trainer, out, agents)
@@ -2112,9 +2104,8 @@ def check_split(script, s, group):
     nets = {"Generator": group.nets["G"].net.eval(), "Discriminator": group.nets["D"].net.eval()}
     part = lambda a, k: tuple(v[k] for v in a)
     D = nets["Discriminator"]
-    takes_y = "y" in inspect.signature(D.forward).parameters
     close = lambda a, b: torch.allclose(a, b, rtol=1e-3, atol=1e-4)
-    for name, args in (("Generator", (z, *y)), ("Discriminator", (real, *y) if takes_y else (real,))):
+    for name, args in (("Generator", (z, *y)), ("Discriminator", (real, *y) if takes(D.forward, "y") else (real,))):
         seen, hooks = {}, []
         for k, m in nets[name].named_modules():
             hooks.append(m.register_forward_hook(lambda m, i, o, k=k: seen.setdefault(k, []).append(o)))
@@ -2125,11 +2116,10 @@ def check_split(script, s, group):
             h.remove()
         for k, outs in seen.items():                                # in the order in which modules finish: the first culprit is innermost
             outs = [o[0] if isinstance(o, tuple) else o for o in outs]
-            if [o.shape[0] if isinstance(o, torch.Tensor) and o.dim() else 0 for o in outs] == [4, 2, 2]:
-                if not close(outs[0], torch.cat(outs[1:])):
-                    kind = type(nets[name].get_submodule(k)).__name__
-                    raise UserError(f"{script.path}: layer {k or name} ({kind}) of {name} mixes the samples of a batch, "
-                                    f"so the batch cannot be spread over processes; use at most one process per group (--nproc {s.groups})")
+            rows = [o.shape[0] if isinstance(o, torch.Tensor) and o.dim() else 0 for o in outs]
+            if rows == [4, 2, 2] and not close(outs[0], torch.cat(outs[1:])):
+                raise UserError(f"{script.path}: layer {k or name} ({type(nets[name].get_submodule(k)).__name__}) of {name} mixes the samples of a batch, "
+                                f"so the batch cannot be spread over processes; use at most one process per group (--nproc {s.groups})")
     with torch.no_grad():
         fake = nets["Generator"](z, *y)
     for name, args in (("discriminator_loss", (real, fake, *y, *y)), ("connector_loss", (real, fake, *y, *y)), ("generator_loss", (fake, *y))):
@@ -2137,10 +2127,9 @@ def check_split(script, s, group):
         for rows in (slice(0, 4), slice(0, 2), slice(2, 4)):
             value = f(D, *part(args, rows), **bind(f, {**vars(s), "eps": eps["eps"][rows]}))
             values.append((value[0] if isinstance(value, tuple) else value).detach())
-        if "eps" in inspect.signature(f).parameters or name == "generator_loss":        # a penalty that draws cannot be compared
-            if not close(values[0], (values[1] + values[2]) / 2):
-                raise UserError(f"{script.path}: {name} is not a mean over the batch, so the batch cannot be spread over processes; "
-                                f"use at most one process per group (--nproc {s.groups})")
+        if (takes(f, "eps") or name == "generator_loss") and not close(values[0], (values[1] + values[2]) / 2):        # a penalty that draws cannot be compared
+            raise UserError(f"{script.path}: {name} is not a mean over the batch, so the batch cannot be spread over processes; "
+                            f"use at most one process per group (--nproc {s.groups})")
     for net in nets.values():
         net.train()
 

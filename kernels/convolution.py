@@ -56,9 +56,12 @@ def conv2d(x, w, b=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=
 
 
 def fast_second_derivative(net):
-    """Let every nn.Conv2d inside `net` compute by conv2d above; parameters, hooks and state_dict do not change. Returns net."""
+    """Let every nn.Conv2d inside `net` compute by conv2d above, in place; parameters, hooks and state_dict do not change. Returns net.
+
+    Left alone: padding by a word or in another mode than zeros, and subclasses with a _conv_forward of their own.
+    """
     for m in net.modules():
-        own = isinstance(m, nn.Conv2d) and type(m)._conv_forward is not nn.Conv2d._conv_forward         # a subclass that computes otherwise
-        if isinstance(m, nn.Conv2d) and not own and m.padding_mode == "zeros" and not isinstance(m.padding, str):
+        usual = getattr(type(m), "_conv_forward", None) is nn.Conv2d._conv_forward          # no subclass that computes otherwise
+        if usual and m.padding_mode == "zeros" and not isinstance(m.padding, str):
             m._conv_forward = lambda x, w, b, m=m: conv2d(x, w, b, m.stride, m.padding, m.dilation, m.groups)
     return net
