@@ -942,7 +942,8 @@ class Trainer:
 
     def generator_step(self, g, d, number, fake, rho):
         """One update of a generator against its frozen critics; `fake` carries the generator's graph, rho is a 0-d tensor."""
-        labels, critics, every = (d["y"],) if self.conditional else (), [role for role in "DC" if role in g.nets], {}
+        labels = (d["y"],) if self.conditional else ()
+        critics, every = [role for role in "DC" if role in g.nets], {}
 
         def loss():
             total = 0
@@ -985,13 +986,11 @@ class Trainer:
                     out[g.i]["d"] = self.critic_step(g, "D", d, number, real, images[g.i], y_real)
             neighbours = neighbours() if neighbours else {}
             for g in self.groups:
-                after = []
-                if "C" in g.nets:
-                    after = [(g.i, "C")]
+                if neighbours:
                     with lanes(g.i, "C"):
                         out[g.i]["c"] = self.critic_step(g, "C", d, number, arrange(neighbours[g.i]), images[g.i], d.get("y"))
                 if last:
-                    with lanes(g.i, after=after):
+                    with lanes(g.i, after=[(g.i, "C")] if neighbours else []):
                         out[g.i]["g"] = self.generator_step(g, d, number, fakes.pop(g.i), plan[0]["rho"])
                         g.average(plan[0]["pace"])
             lanes.join()
@@ -1152,7 +1151,7 @@ class Trainer:
                     for k in ("exp_avg", "exp_avg_sq"):
                         moments[k] = torch.empty_like(p).copy_(moments[k])
         self.use_given_rates()
-        self.step_count = step
+        self.step_count, self.warm = step, 0
         if self.graphs:                                             # they still move the optimisers' old tensors
             self.graphs = self.graph_note = None
 
@@ -1185,7 +1184,7 @@ def probe(script, s, group):
     before = {k: v.clone() for k, v in D.state_dict().items()}
     takes_y = takes(D.forward, "y")
     with torch.no_grad(), calling(script, f"Discriminator called with images {want}{' and y (2,)' if takes_y else ''}"):
-        out = D(x, *y * takes_y)
+        out = D(x, *(y if takes_y else ()))
     score = out[0] if isinstance(out, tuple) else out
     if shape(score) not in {(2,), (2, 1), (2, 1, 1, 1)}:
         raise UserError(f"{script.path}: Discriminator returned {shape(score)} for images {want}; "
@@ -2116,8 +2115,8 @@ def check_split(script, s, group):
             h.remove()
         for k, outs in seen.items():                                # in the order in which modules finish: the first culprit is innermost
             outs = [o[0] if isinstance(o, tuple) else o for o in outs]
-            rows = [o.shape[0] if isinstance(o, torch.Tensor) and o.dim() else 0 for o in outs]
-            if rows == [4, 2, 2] and not close(outs[0], torch.cat(outs[1:])):
+            sizes = [o.shape[0] if isinstance(o, torch.Tensor) and o.dim() else 0 for o in outs]
+            if sizes == [4, 2, 2] and not close(outs[0], torch.cat(outs[1:])):
                 raise UserError(f"{script.path}: layer {k or name} ({type(nets[name].get_submodule(k)).__name__}) of {name} mixes the samples of a batch, "
                                 f"so the batch cannot be spread over processes; use at most one process per group (--nproc {s.groups})")
     with torch.no_grad():

@@ -246,6 +246,29 @@ def test_a_rank_that_differs_is_refused(odd, complaint, photos, root, tmp_path):
     assert complaint in p.stderr and p.stderr.count("okd_train.py: error:") == 1 and not (tmp_path / "run").exists()
 
 
+LONE = '''
+import os, sys
+sys.path.insert(0, {root!r})
+import okd_train
+rank, step = int(os.environ["RANK"]), okd_train.Trainer.step
+def fail(t):
+    if rank == 1 and t.step_count == 1:
+        raise okd_train.UserError("no luck")
+    return step(t)
+{patch}
+okd_train.main(sys.argv[1:])
+'''
+
+
+@pytest.mark.parametrize("patch, words", [
+    ("okd_train.Trainer.step = fail", "okd_train.py: error: rank 1: no luck"),          # while rank 0 waits for its images
+    ("okd_train.Trainer.first_bad = lambda t: 4096 * (4 - rank) + 3 + rank if t.step_count == 4 else 0", "step 3: the loss of the connector of group 1")])
+def test_what_one_rank_meets_is_said(patch, words, photos, root, tmp_path):
+    (tmp_path / "lone.py").write_text(LONE.format(root=str(root), patch=patch))
+    p = torchrun(2, "--groups", "2", *TINY, "--data", photos, "--out", tmp_path / "run", script=tmp_path / "lone.py", ok=False)
+    assert words in p.stderr and p.stderr.count("okd_train.py: error:") == 1
+
+
 def test_images_sent_per_step(root, tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(root=str(root), tests=str(root / "tests")).split("if __name__")[0] + textwrap.dedent('''
