@@ -1505,16 +1505,10 @@ def check_state(trainer, states):
 
 def cut_log(path, step, log_every):
     """Drop what an interrupted run logged after its last checkpoint, half lines, and a line that only its end had."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-            at = json.loads(line)["step"]
-            if at <= step and at % max(1, log_every) == 0:
-                kept.append(line + b"\n")
-    with replacing(path) as f:
-        f.write(b"".join(kept))
+    kept = [line for line in read_lines(path) if line["step"] <= step and line["step"] % max(1, log_every) == 0]
+    if path.exists():
+        with replacing(path) as f:
+            f.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def read_lines(path, numbers=(), most=math.inf):
@@ -2004,6 +1998,7 @@ def git_revision():
 
 
 def train(s, script, named, changed, lock):
+    """A run, or its continuation, from the data to the last step. named: flags that were given; changed: what --quick set."""
     keep_freed_memory()
     device = pick_device(s.device)
     precision = set_precision(s, device)
@@ -2058,12 +2053,14 @@ def train(s, script, named, changed, lock):
         text += " --quick set " + ", ".join(f"{flag(k)} {v}" for k, v in changed.items()) + "."
     if trainer.step_count:
         text += f" Resumed at step {trainer.step_count}."
-    if s.groups == 1 and (idle := {"rho", "c_lr", "c_penalty", "c_aux"} & named):
-        text += f" Note: {', '.join(map(flag, sorted(idle)))} without effect, one group has no connector."
+    for idle, why in (({"rho", "c_lr", "c_penalty", "c_aux"} if s.groups == 1 else set(), "one group has no connector"),
+                      ({"fid_samples", "fid_data", "fid_features"} if not s.fid_every else set(), "scores are made with --fid-every K only")):
+        if idle & named:
+            text += f" Note: {', '.join(map(flag, sorted(idle & named)))} without effect, {why}."
     if s.groups > 1 and s.rho > 1:
         text += " Note: with rho above 1 it pays a generator to copy its neighbour rather than to follow the data."
     say(text)
-    loop(trainer, s, out, say, scores)
+    loop(trainer, s, out, scores)
     ranks.close()
 
 
@@ -2147,11 +2144,11 @@ def describe(device):
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
-def loop(trainer, s, out, say, scores=None):
+def loop(trainer, s, out, scores):
     """Steps, with logs, pictures, checkpoints, and a way out that saves."""
     ranks, begin, first = trainer.ranks, time.monotonic(), trainer.step_count
     progress = Progress(s.steps, quiet=ranks.rank > 0)
-    told, steady, signalled, timeout, bad, note = False, None, 0, 0, 0, trainer.graph_note
+    told, steady, signalled, timeout, note = False, None, 0, 0, trainer.graph_note
     with Stop() as stop:
         while trainer.step_count < s.steps and not signalled and not timeout:
             with calling(trainer.script, f"step {trainer.step_count + 1}"):
@@ -2162,13 +2159,12 @@ def loop(trainer, s, out, say, scores=None):
                 progress.say(note)
             due = {k: step == s.steps or step % getattr(s, f"{k}_every") == 0 for k in ("log", "sample", "save")}
             due["fid"] = scores is not None and (step == s.steps or step % s.fid_every == 0)
-            if trainer.device.type == "cpu" or any(due.values()) or step % 50 == 0:        # elsewhere a look costs a wait
-                bad = trainer.first_bad()
+            look = trainer.device.type == "cpu" or any(due.values()) or step % 50 == 0      # elsewhere a look costs a wait
             over = s.max_seconds is not None and now - begin >= s.max_seconds
-            signalled, timeout, lost = ranks.agree(stop.signal, over, bad > 0)
+            signalled, timeout, lost = ranks.agree(stop.signal, over, look and trainer.first_bad() > 0)
             if signalled or timeout:
                 due.update(log=True, sample=True, save=True)
-            if (signalled or timeout or lost) and (bad := min((b for b in ranks.everyone(trainer.first_bad()) if b), default=0)):
+            if (signalled or timeout or lost) and (bad := min(filter(None, ranks.everyone(trainer.first_bad())), default=0)):
                 kept = out / "checkpoint.pt"
                 raise UserError(f"step {bad // 4096}: the loss of the {name_bad(bad % 4096)} is not finite; "
                                 f"{f'the last good state is in {kept}' if kept.exists() else 'there is no checkpoint yet'}. "
