@@ -290,7 +290,7 @@ def calling(script, what):
 
 # ---------------------------------------------------------------------------------------------- data
 def list_images(folder):
-    """All image files below `folder`, sorted, as (path, class or None); class = first folder below `folder`."""
+    """All image files below `folder`, sorted, as (path, class or None); class = first folder below `folder`. UserError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--data {folder}: " + (f"{folder} is a file; a folder is needed" if folder.is_file() else
@@ -325,7 +325,7 @@ def list_images(folder):
 
 
 def decode(path, size):
-    """Image file -> (uint8 (3, size, size), was it resized): RGB, centre square, antialiased; 16-bit is scaled to 8."""
+    """Image file -> (uint8 (3, size, size), was it resized): RGB, centre square, antialiased; 16-bit is scaled to 8. Raises ValueError or what Pillow raises."""
     if not os.path.isfile(path) and os.path.exists(path):           # a pipe would block for ever, a device may have no end
         raise ValueError("no regular file")
     Image.init()
@@ -348,7 +348,10 @@ def decode(path, size):
 
 
 def load_images(folder, size, conditional, skip_bad, say):
-    """Decode a folder once -> images uint8 (n, 3, size, size), labels int64 (n,), class names (sorted; [] if none are needed)."""
+    """Decode a folder once -> images uint8 (n, 3, size, size), labels int64 (n,), class names (sorted; [] if none are needed).
+
+    say(text) is told what was resized or skipped. UserError names every bad file, or what is wrong with the classes.
+    """
     files = list_images(folder)
     classes = sorted({c for _, c in files if c}) if conditional else []
     if conditional:
@@ -1001,6 +1004,7 @@ class Trainer:
         return out
 
     def eager(self, lanes):
+        """compute(), whose exchanges are made by the ranks at once."""
         steps = self.compute(lanes)
         try:
             images = next(steps)
@@ -1102,6 +1106,7 @@ class Trainer:
         return graphs
 
     def replay(self):
+        """The recorded step -> what compute() returned when it was recorded, with this step's numbers in it."""
         for graph, result, received in self.graphs:
             graph.replay()
             if received is not None:
@@ -1166,7 +1171,14 @@ def on_cpu(state):
 
 
 def name_bad(number):
-    return f"{('discriminator', 'connector', 'generator')[number % 3]} of group {number // 3}"
+    return f"{[*ROLES.values()][number % 3]} of group {number // 3}"
+
+
+def lost(step, what, out):
+    """The error of a run that has gone out of the numbers."""
+    kept = out / "checkpoint.pt"
+    return UserError(f"step {step}: {what} not finite; {f'the last good state is in {kept}' if kept.exists() else 'there is no checkpoint yet'}. "
+                     "Lower rates (--g-lr, --d-lr, --c-lr) are the usual cure")
 
 
 def probe(script, s, group):
@@ -1418,10 +1430,17 @@ def save_json(obj, path):
 
 
 def save_checkpoint(trainer, out):
-    """checkpoint.pt, and the averaged generators as G1.pt, G2.pt, ...; rank 0 writes what all ranks send."""
+    """checkpoint.pt, and the averaged generators as G1.pt, G2.pt, ...; rank 0 writes what all ranks send. Raises UserError where numbers are lost.
+
+    A gradient may overflow where the loss does not yet: the loss of the next step would tell, but the last good checkpoint would be gone.
+    """
     state = trainer.state()
     if state is None:
         return
+    for i, group in enumerate(state["groups"], 1):
+        for role in group.keys() - {"ema"}:
+            if not all(v.isfinite().all() for tensors in (group[role]["net"], *group[role]["opt"].values()) for v in tensors.values()):
+                raise lost(trainer.step_count, f"weights or moments of the {ROLES[role.lower()]} of group {i} are", out)
     with replacing(out / "checkpoint.pt") as f:
         torch.save(state, f)
     for i, group in enumerate(state["groups"], 1):
@@ -1764,14 +1783,14 @@ def check_settings(saved, s, script, path):
     for key in script.hparams.keys() | {"groups", "seed", "flip"}:
         if key not in saved["settings"]:
             raise UserError(f"{path}: settings lack {key!r}; put it back, or start another run with --out")
-    if script.conditional and saved["n_classes"] != len(saved["classes"]):
-        raise UserError(f"{path}: n_classes is {saved['n_classes']}, but {len(saved['classes'])} classes are named")
     for key, value in saved["settings"].items():
         if not hasattr(s, key):
             raise UserError(f"{path}: settings hold {key!r}, which {script.name} has no flag for; take it out, or start another run with --out")
         kind = NONE_BY_DEFAULT.get(key) or type(getattr(s, key))
         if not (type(value) is kind or kind is float and type(value) is int or value is None and key in NONE_BY_DEFAULT):
             raise UserError(f"{path}: {key!r} is {json.dumps(value)[:60]}; it must be a {kind.__name__}")
+    if script.conditional and saved["n_classes"] != len(saved["classes"]):
+        raise UserError(f"{path}: n_classes is {saved['n_classes']}, but {len(saved['classes'])} classes are named")
 
 
 def settle(s, script, named):
@@ -2161,14 +2180,11 @@ def loop(trainer, s, out, scores):
             due["fid"] = scores is not None and (step == s.steps or step % s.fid_every == 0)
             look = trainer.device.type == "cpu" or any(due.values()) or step % 50 == 0      # elsewhere a look costs a wait
             over = s.max_seconds is not None and now - begin >= s.max_seconds
-            signalled, timeout, lost = ranks.agree(stop.signal, over, look and trainer.first_bad() > 0)
+            signalled, timeout, bad = ranks.agree(stop.signal, over, look and trainer.first_bad() > 0)
             if signalled or timeout:
                 due.update(log=True, sample=True, save=True)
-            if (signalled or timeout or lost) and (bad := min(filter(None, ranks.everyone(trainer.first_bad())), default=0)):
-                kept = out / "checkpoint.pt"
-                raise UserError(f"step {bad // 4096}: the loss of the {name_bad(bad % 4096)} is not finite; "
-                                f"{f'the last good state is in {kept}' if kept.exists() else 'there is no checkpoint yet'}. "
-                                "Lower rates (--g-lr, --d-lr, --c-lr) are the usual cure")
+            if (signalled or timeout or bad) and (bad := min(filter(None, ranks.everyone(trainer.first_bad())), default=0)):
+                raise lost(bad // 4096, f"the loss of the {name_bad(bad % 4096)} is", out)
             if steady is None or trainer.warm <= WARM_UP + 1 and trainer.device.type == "cuda":
                 steady = (step, now)                                # the first step also warms up, and others come before a graph
             elif not told and (now - steady[1] > 5 or step - steady[0] >= 20 or due["log"] and step == s.steps):

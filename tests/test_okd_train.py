@@ -548,6 +548,16 @@ def test_kill_9_at_random_moments(photos, tmp_path):
     assert logs(tmp_path / "whole") == logs(parts) and [x["step"] for x in logs(parts)] == list(range(1, 41))
 
 
+def test_a_state_on_the_cpu_is_a_copy_that_keeps_what_torch_notes_on_it():
+    t = setup("--groups", "1", *TINY)
+    t.step()
+    n = t.groups[0].nets["G"]
+    state = {"net": n.net.state_dict(), "opt": n.opt.state_dict()["state"], "step": 3}
+    new = okd_train.on_cpu(state)
+    assert_same(state, new)
+    assert new["net"]._metadata == state["net"]._metadata and new["net"] is not state["net"] and new["opt"][0] is not n.opt.state[n.params[0]]
+
+
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"step": k}) + "\n" for k in (2, 4, 5, 6, 8)) + '{"step": 1')
@@ -589,6 +599,22 @@ def generator_loss(D, fake):
     assert "step 4" in text and "generator of group 1" in text and "checkpoint.pt" in text
     state = okd_train.load_file(tmp_path / "run" / "checkpoint.pt")
     assert state["step"] == 2 and all(torch.isfinite(v).all() for v in flat(state).values() if isinstance(v, torch.Tensor))
+
+
+@pytest.mark.parametrize("spoil", ["weights", "moments"])
+def test_lost_weights_do_not_replace_a_good_checkpoint(spoil, photos, tmp_path, capsys, monkeypatch):
+    """A gradient that overflows in the very step that is saved, while its loss is finite yet."""
+    step = okd_train.Trainer.step
+
+    def overflow(t):
+        out = step(t)
+        n = t.groups[1].nets["C"]
+        (n.params[0].data if spoil == "weights" else n.opt.state[n.params[0]]["exp_avg_sq"]).view(-1)[0] = float("inf" if t.step_count == 4 else 0.5)
+        return out
+    monkeypatch.setattr(okd_train.Trainer, "step", overflow)
+    text = refused(capsys, "--groups", "2", *TINY, "--data", photos, "--steps", "6", "--save-every", "2", "--out", tmp_path / "run")
+    assert "step 4: weights or moments of the connector of group 2 are not finite; the last good state is in" in text
+    assert okd_train.load_file(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
 def test_progress_is_rewritten_on_a_terminal(photos, tmp_path):
@@ -828,5 +854,6 @@ def test_help_names_the_flags_of_the_script(capsys):
 def test_notes_on_settings_without_effect(photos, tmp_path, capsys):
     okd_train.main(["--data", str(photos), *TINY, "--groups", "1", "--steps", "1", "--rho", "0.3", "--out", str(tmp_path / "a")])
     assert "--rho without effect" in capsys.readouterr().out
-    okd_train.main(["--data", str(photos), *TINY, "--groups", "2", "--steps", "1", "--rho", "1.5", "--out", str(tmp_path / "b")])
-    assert "copy its neighbour" in capsys.readouterr().out
+    okd_train.main(["--data", str(photos), *TINY, "--groups", "2", "--steps", "1", "--rho", "1.5", "--fid-samples", "9", "--out", str(tmp_path / "b")])
+    text = capsys.readouterr().out
+    assert "copy its neighbour" in text and "--fid-samples without effect" in text and "--rho without effect" not in text

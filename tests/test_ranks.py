@@ -265,7 +265,7 @@ okd_train.main(sys.argv[1:])
     ("okd_train.Trainer.first_bad = lambda t: 4096 * (4 - rank) + 3 + rank if t.step_count == 4 else 0", "step 3: the loss of the connector of group 1")])
 def test_what_one_rank_meets_is_said(patch, words, photos, root, tmp_path):
     (tmp_path / "lone.py").write_text(LONE.format(root=str(root), patch=patch))
-    p = torchrun(2, "--groups", "2", *TINY, "--data", photos, "--out", tmp_path / "run", script=tmp_path / "lone.py", ok=False)
+    p = torchrun(2, "--groups", "2", *TINY, "--data", photos, "--steps", "9", "--out", tmp_path / "run", script=tmp_path / "lone.py", ok=False)
     assert words in p.stderr and p.stderr.count("okd_train.py: error:") == 1
 
 
