@@ -27,7 +27,7 @@ from . import reference as R
 SHAPES = [(32, 256, 64), (64, 512, 16), (16, 128, 256), (8, 64, 1024), (8, 64, 4096), (32, 256, 4096)]      # Cq, C, N
 BATCH_SIZES = [25, 64]
 PHASES = ["forward", "forward+backward", "penalty", "second backward"]
-ROWS = ["eager", "eager v P^T", "eager in blocks", "compiled eager", "sdpa math", "sdpa efficient", "explicit formulas", "ours"]
+ROWS = ["eager", "eager v P^T", "eager in blocks", "ours on the CPU", "compiled eager", "sdpa math", "sdpa efficient", "explicit formulas", "ours"]
 FIELDS = ["date", "device", "torch", "triton", "Cq", "C", "N", "B", "precision", "phase", "graph", "impl", "median_us", "q20_us", "q80_us",
           "vs_eager", "of_floor", "peak_mib", "note"]
 # Peaks of one H200 for the floor; other chips are scaled by nothing and say so in the table's head. FLOP/s and bytes/s.
@@ -79,7 +79,8 @@ def rival(name, precision):
     if name == "compiled eager":
         torch.compiler.reset()
         return torch.compile(R.attention, dynamic=False)
-    return {"eager": R.attention, "eager v P^T": usual, "eager in blocks": R.attention_blocked, "sdpa math": sdpa("MATH"), "sdpa efficient": sdpa("EFFICIENT_ATTENTION"), "explicit formulas": Formulas.apply,
+    return {"eager": R.attention, "eager v P^T": usual, "eager in blocks": R.attention_blocked, "ours on the CPU": R.attention_cpu,
+            "sdpa math": sdpa("MATH"), "sdpa efficient": sdpa("EFFICIENT_ATTENTION"), "explicit formulas": Formulas.apply,
             "ours": lambda q, k, v: A.self_attention(q, k, v, impl="triton", precision=None if precision == "bf16" else precision)}[name]
 
 
@@ -159,9 +160,11 @@ def measure(shape, B, phase, precision, graph, device="cuda", milliseconds=100, 
     rows, eager = [], None
     try:
         for name in only:
+            if name == "ours on the CPU" and device != "cpu":
+                continue
             row = dict(impl=name, median_us=None, q20_us=None, q80_us=None, vs_eager=None, of_floor=None, peak_mib=None, note="")
             rows.append(row)
-            if device == "cpu" and name not in ("eager", "eager v P^T", "eager in blocks", "explicit formulas", "sdpa math"):
+            if device == "cpu" and name not in ("eager", "eager v P^T", "eager in blocks", "ours on the CPU", "explicit formulas", "sdpa math"):
                 row["note"] = "needs a GPU"
                 continue
             try:
