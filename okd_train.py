@@ -414,8 +414,8 @@ class Data:
         """Indices (B,) of a group's batch number `batch`: without replacement through a new permutation every epoch."""
         n, size = len(self.images), self.s.batch_size
         places = np.arange(batch * size, (batch + 1) * size)
-        return torch.cat([self.order(int(e), group)[torch.from_numpy(places[places // n == e] % n)]
-                          for e in np.unique(places // n)])
+        epochs = range(places[0] // n, places[-1] // n + 1)
+        return torch.cat([self.order(e, group)[torch.from_numpy(places[places // n == e] % n)] for e in epochs])
 
     def order(self, epoch, group):
         if (group, epoch) not in self.orders:
@@ -604,7 +604,9 @@ class Ranks:
 
     def close(self):
         if self.world > 1 and dist.is_initialized():
+            self.agree(0)                                           # nobody takes the group down while another still receives
             dist.destroy_process_group()
+            self.peers = self.node = self.store = None              # their threads end here, not while the interpreter does
 
 
 class SumOver(torch.autograd.Function):

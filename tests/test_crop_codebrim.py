@@ -824,7 +824,8 @@ def test_killed_half_way_nothing_has_the_final_name(bridge, tmp_path, how, code)
     out = tmp_path / "out"
     out.mkdir()
     process = subprocess.Popen([sys.executable, str(Path(cc.__file__)), bridge, out / "crops", "--n", "30000", "--sheet", out / "sheet.png", "--workers", "1"],
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a shell's background jobs ignore it
     until = time.monotonic() + 30
     while not list(out.rglob("*.png")) and time.monotonic() < until:
         time.sleep(0.01)

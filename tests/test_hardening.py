@@ -496,7 +496,7 @@ def test_what_may_not_be_read_is_named(photos, root):
     """As nobody: an image, a folder and args.json of another user, and a folder that may not be written to."""
     if not all(p.stat().st_mode & stat.S_IXOTH for p in (root, *root.parents)):
         pytest.skip("nobody may not look into the checkout")
-    code = ("import os, sys; sys.path.insert(0, sys.argv[1]); import torch._dynamo, numpy, okd_train, fid, crop_codebrim, sagan; okd_train.Image.init(); fid.random_networks('cpu')\n"
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1]); import torch._dynamo, numpy.ma, okd_train, fid, crop_codebrim, sagan; okd_train.Image.init(); fid.random_networks('cpu')\n"
             "os.setgid(65534); os.setuid(65534); os.chdir(sys.argv[2]); tiny = sys.argv[3:]\n"
             "for f, argv in ((okd_train, ['--data', 'data', *tiny, '--out', '/nonexistent/x']), (fid, ['data/Crack', 'data/Spallation', '--features', 'random']),\n"
             "                (okd_train, ['--data', 'locked', *tiny]), (fid, ['locked', 'data/Crack', '--features', 'random']),\n"
