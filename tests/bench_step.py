@@ -29,7 +29,7 @@ LEVERS = {
     "-allocator": "freed memory goes back to the system after every use (glibc's default)",
     "-convolution": "torch's second derivative of a convolution (no kernels/convolution.py)",
     "-one pass": "D scores real and fake in two passes",
-    "-freezing": "weight gradients of D and C are computed, and thrown away, while G learns",
+    "-freezing": "D and C not frozen while G learns; backward(inputs=...) leaves their weight gradients out all the same",
     "-one forward": "three generator passes a group and step in place of one",
     "-cached": "a power iteration of the spectral norm at every use of a weight",
     "-fused adam": "torch's default Adam on the CPU, a loop over tensors",
