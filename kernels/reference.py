@@ -62,7 +62,7 @@ def second_derivatives(q, k, v, g, a, b, e):
 
 # ---------------------------------------------------------------------------------------------- on the CPU
 # torch multiplies float32 matrices on x86 by MKL, which on an AMD processor stays below AVX-512; oneDNN, which torch's
-# convolutions use, does not, and was 2.2 times as fast there. torch.compile reaches it by this operation: x w^T of two matrices.
+# convolutions use, does not, and was about twice as fast (bench_attention). torch.compile reaches it by this operation: x w^T of two matrices.
 try:
     _linear = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 except AttributeError:
