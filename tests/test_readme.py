@@ -108,8 +108,9 @@ def test_every_flag_exists(readme, root, capsys):
     for main, argv in ((okd_train.main, []), (okd_train.main, ["--model", "acgan"]), (fid.main, []), (crop_codebrim.main, [])):
         with pytest.raises(SystemExit):
             main([*argv, "--help"])
-    known = capsys.readouterr().out + subprocess.run([sys.executable, "-m", "kernels.bench_attention", "--help"], capture_output=True, text=True, timeout=120, check=True,
-                                                     cwd=root).stdout
+    known = capsys.readouterr().out + "".join(
+        subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, timeout=120, check=True, cwd=root).stdout
+        for words in (["-m", "kernels.bench_attention"], ["tests/bench_step.py"]))
     others = {"--nnodes", "--nproc-per-node", "--standalone", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts", "--node-rank",
               "--master-addr", "--help", "--width", "--num-workers"}                 # torchrun's, and the example's own
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) - others:
