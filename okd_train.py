@@ -836,7 +836,8 @@ def record(work, pool, stream):
     """Capture what work() launches -> (graph, what work returned). Nothing runs until graph.replay()."""
     graph = torch.cuda.CUDAGraph()
     # The outer context, because torch.cuda.graph leaves its stream the current one when a capture fails.
-    with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream):
+    # thread_local, because NCCL's watchdog asks for events in a thread of its own, which "global" forbids.
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = work()
     return graph, result
 
@@ -1524,12 +1525,17 @@ def check_state(trainer, states):
                 compare(f"group {g.i} {role} optimiser {k}", sums, dict(step=torch.zeros(()), exp_avg=n.params[k], exp_avg_sq=n.params[k]))
 
 
-def cut_log(path, step, log_every):
-    """Drop what an interrupted run logged after its last checkpoint, half lines, and a line that only its end had."""
-    kept = [line for line in read_lines(path) if line["step"] <= step and line["step"] % max(1, log_every) == 0]
+def cut_log(path, step, every):
+    """Drop what an interrupted run wrote after its checkpoint at `step`, half lines, and a line at `step` that only its end had (no multiple of `every`)."""
+    kept = [line for line in read_lines(path) if line["step"] < step + (step % every == 0)]
     if path.exists():
         with replacing(path) as f:
             f.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def append_line(path, line):
+    with writing(path), open(path, "ab") as f:
+        f.write(json.dumps(line).encode() + b"\n")
 
 
 def read_lines(path, numbers=(), most=math.inf):
@@ -1672,8 +1678,7 @@ class Scores:
         for i in fakes:
             if all(line[f"G{i}"] < old[f"G{i}"] for old in score_lines(out, s.groups)):
                 save_generator(trainer, i, states[i], out / f"G{i}.best.pt")
-        with writing(out / "fid.jsonl"), open(out / "fid.jsonl", "ab") as f:
-            f.write(json.dumps(line).encode() + b"\n")
+        append_line(out / "fid.jsonl", line)
         progress.say(f"{self.name} at step {line['step']}: " + "  ".join(f"{k} {line[k]:.2f}" for k in (*score, "mean", "union", "floor")))
         return line
 
@@ -1950,8 +1955,11 @@ def write_log(trainer, losses, out, seconds, rate):
         parts = [rows[i, k] for k in range(len(ranks.owners[i]))]
         groups.append({k: v if k == "gamma" else sum(share * row[k] for share, row in parts) for k, v in parts[0][1].items()})
     line = {"step": trainer.step_count, "seconds": round(seconds, 3), "images_per_second": round(rate, 2), "groups": groups}
-    with writing(out / "log.jsonl"), open(out / "log.jsonl", "ab") as f:
-        f.write(json.dumps(line).encode() + b"\n")
+    append_line(out / "log.jsonl", line)
+
+
+def holds_run(out):
+    return any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl"))
 
 
 def open_run(s, data, out, agents):
@@ -1969,7 +1977,7 @@ def open_run(s, data, out, agents):
             raise UserError(f"--resume: the {len(data.images)} images of {s.data or 'the synthetic set'} are not those "
                             f"that {out} was trained on ({saved['images']} images); restore them, or start another run with --out")
         return read_checkpoint(checkpoint, s.groups)
-    if not restarted and any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl")):
+    if not restarted and holds_run(out):
         hint = "go on with --resume" if checkpoint.exists() else "it has no checkpoint yet: delete it"
         raise UserError(f"{out} already holds a run: {hint}, or name another folder with --out")
     return None
@@ -2060,6 +2068,14 @@ def train(s, script, named, changed, lock):
         if ranks.rank == 0:
             begin_run(s, script, trainer, out, agents)
 
+    say(announcement(trainer, s, named, changed, precision))
+    loop(trainer, s, out, scores)
+    ranks.close()
+
+
+def announcement(trainer, s, named, changed, precision):
+    """What is trained on what, where its results go, and which of the flags that were given do nothing."""
+    script, data, ranks, out = trainer.script, trainer.data, trainer.ranks, Path(s.out)
     count = lambda n: f"{sum(p.numel() for p in n.params) / 1e6:.2f} M"
     nets = trainer.groups[0].nets
     ring = f"{s.groups} {script.name} groups in a ring (rho {s.rho})" if s.groups > 1 else f"one {script.name} group, the baseline without connectors"
@@ -2067,7 +2083,7 @@ def train(s, script, named, changed, lock):
         f"{len(data.images)} SYNTHETIC images of concrete defects, drawn by crop_codebrim.py because no --data was given")
     text = (f"Training {ring}: generator {count(nets['G'])}, discriminator {count(nets['D'])} parameters"
             f"{', a connector like it' if s.groups > 1 else ''}, {s.image_size}x{s.image_size}, batch {s.batch_size}, on {source}"
-            f"{f' in {len(data.classes)} classes' if data.classes else ''}. Device: {describe(device)}"
+            f"{f' in {len(data.classes)} classes' if data.classes else ''}. Device: {describe(trainer.device)}"
             f"{f', {ranks.world} processes' if ranks.world > 1 else ''}, {precision}. {trainer.graph_note + ' ' if trainer.graph_note else ''}Pictures every {s.sample_every} steps in "
             f"{out / 'samples'}/, log every {s.log_every} in {out / 'log.jsonl'}, checkpoint every {s.save_every}.")
     if changed:
@@ -2080,9 +2096,7 @@ def train(s, script, named, changed, lock):
             text += f" Note: {', '.join(map(flag, sorted(idle & named)))} without effect, {why}."
     if s.groups > 1 and s.rho > 1:
         text += " Note: with rho above 1 it pays a generator to copy its neighbour rather than to follow the data."
-    say(text)
-    loop(trainer, s, out, scores)
-    ranks.close()
+    return text
 
 
 def shared_data(s, script, named, device, ranks, say):
@@ -2189,13 +2203,16 @@ def loop(trainer, s, out, scores):
                 raise lost(bad // 4096, f"the loss of the {name_bad(bad % 4096)} is", out)
             if steady is None or trainer.warm <= WARM_UP + 1 and trainer.device.type == "cuda":
                 steady = (step, now)                                # the first step also warms up, and others come before a graph
-            elif not told and (now - steady[1] > 5 or step - steady[0] >= 20 or due["log"] and step == s.steps):
+            elif not told and (now - steady[1] > 5 or step - steady[0] >= 20 or step == s.steps):
                 told = True
-                per_step = (now - steady[1]) / (step - steady[0])
-                text = f"One step takes {per_step:.3g} s here, so the {s.steps - step} steps to go take {span(per_step * (s.steps - step))}"
-                if s.max_seconds and per_step * (s.steps - step) > s.max_seconds:
-                    text += f", of which --max-seconds allows {span(s.max_seconds)}"
-                text += "; Ctrl-C saves and --resume goes on."
+                per_step, left = (now - steady[1]) / (step - steady[0]), s.steps - step
+                text = f"One step takes {per_step:.3g} s here"
+                if left:
+                    text += f", so the {left} steps to go take {span(per_step * left)}"
+                    if s.max_seconds and per_step * left > s.max_seconds:
+                        text += f", of which --max-seconds allows {span(s.max_seconds)}"
+                    text += "; Ctrl-C saves and --resume goes on"
+                text += "."
                 if not s.quick and trainer.device.type == "cpu":
                     text += " For a first look within minutes add --quick."
                 progress.say(text)
@@ -2876,7 +2893,7 @@ def count_work(script, s):
 
 def machine_rates(trainer, n):
     """Operations per second of this machine in this precision: (a square matrix product, the convolutions of G and D forward and backward)."""
-    s, device = trainer.s, trainer.device
+    device = trainer.device
     clock, kind = Clock(device), torch.bfloat16 if trainer.bf16 else torch.float32
     make = lambda *shape: torch.randn(*shape, device=device, dtype=kind)
     size = 4096 if device.type == "cuda" else 1024
@@ -3188,7 +3205,7 @@ def check_out(s, script, device, folder):
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         yield "FAIL", "out", f"{place} is no folder that can be written to; name another with --out"
         return
-    if not s.resume and any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl")):
+    if not s.resume and holds_run(out):
         yield "FAIL", "out", f"{out} already holds a run: go on with --resume, or name another folder with --out"
     if not hasattr(s, "sizes"):
         yield "note", "out", "room not checked, as training failed"
@@ -3260,7 +3277,7 @@ def launch(n, argv, device, hint):
     for name in list(os.environ):                                   # an outer torchrun's, which would mislead the inner one
         if re.fullmatch("((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*", name):
             del os.environ[name]
-    if device == "cpu":
+    if device == "cpu":                                             # only a name: to try a GPU here would take memory on it
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)        # its report would bury our one line
     config = dict(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=f"okd{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
@@ -3293,7 +3310,7 @@ def main(argv=None):
         if n > 1:
             why = f"--nproc {n}" if s.nproc is not None else "one per GPU" if torch.cuda.is_available() else "quicker than one at this size"
             print(f"Starting {n} processes on this machine: {why} (--nproc 1 forbids).", flush=True)
-            launch(n, argv, pick_device(s.device).type, "the same command goes on" if exports(s) else "--resume goes on from the last checkpoint")
+            launch(n, argv, s.device or ("cuda" if torch.cuda.is_available() else "cpu"), "the same command goes on" if exports(s) else "--resume goes on from the last checkpoint")
         elif s.check:
             if check(s, script):
                 raise SystemExit(1)

@@ -3,7 +3,9 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,3 +42,32 @@ def shared():
     if not path.is_dir():
         pytest.skip("no folder shared/ beside the checkout")
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Bit-identity is promised at equal thread counts; one is also fastest at this size."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """24 small pictures in two class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    r = np.random.default_rng(0)
+    for name, tone in (("Crack", 60), ("Spallation", 160)):
+        (folder / name).mkdir()
+        for k in range(12):
+            a = np.clip(tone + 40 * r.standard_normal((8, 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(a).resize((32, 32), Image.Resampling.BICUBIC).save(folder / name / f"{k:02d}.png")
+    return folder
+
+
+def noise(folder, classes, n):
+    """Make `folder` with n pictures of noise, 32x32, in a folder per class."""
+    r = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for k in range(n):
+            Image.fromarray(r.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name / f"{k}.png")
+    return folder

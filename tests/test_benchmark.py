@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import okd_train
-from test_okd_train import TINY, one_thread, photos, refused  # noqa: F401 (fixtures)
+from test_okd_train import TINY, refused
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_json_holds_what_was_measured(photos, tmp_path, capsys, monkeypatch):

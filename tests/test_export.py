@@ -17,27 +17,21 @@ import torch
 from PIL import Image
 
 import okd_train
+from conftest import noise
 from test_okd_train import TINY, refused
 from test_ranks import torchrun
 
 CLASSES = ["Crack", os.fsdecode(b'Rust, "r\xe9d" \xc3\xbc'), "Spallation"]       # a comma, quotes, a byte that is no text
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """{"acgan": three groups with scores, "sagan": two groups without classes or scores}."""
     folder = tmp_path_factory.mktemp("runs")
-    r = np.random.default_rng(0)
-    for name in CLASSES:
-        (folder / "photos" / name).mkdir(parents=True)
-        for k in range(4):
-            Image.fromarray(r.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "photos" / name / f"{k}.png")
-    base = [*TINY, "--data", str(folder / "photos"), "--steps", "2", "--seed", "5"]
+    base = [*TINY, "--data", str(noise(folder / "photos", CLASSES, 4)), "--steps", "2", "--seed", "5"]
     okd_train.main(["--model", "acgan", "--groups", "3", *base, "--out", str(folder / "acgan"),
                     "--fid-every", "1", "--fid-features", "random", "--fid-samples", "8"])
     okd_train.main(["--model", "sagan", "--groups", "2", *base, "--out", str(folder / "sagan")])

@@ -17,7 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import okd_train
-from test_okd_train import OTHER, TINY, assert_same, differs, one_thread, photos, refused, setup  # noqa: F401 (fixtures)
+from test_okd_train import OTHER, TINY, assert_same, differs, refused, setup
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CUDA = torch.cuda.is_available()
 

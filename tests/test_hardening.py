@@ -24,6 +24,7 @@ from PIL import Image
 import crop_codebrim
 import fid
 import okd_train
+from conftest import noise
 from test_bad_input import snapshot
 from test_crop_codebrim import add
 from test_okd_train import TINY, assert_same, logs, refused
@@ -32,20 +33,12 @@ ENV = dict(os.environ, OMP_NUM_THREADS="1")
 ROOT = os.name == "posix" and os.geteuid() == 0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    r = np.random.default_rng(0)
-    for name in ("Crack", "Spallation"):
-        (folder / name).mkdir()
-        for k in range(8):
-            Image.fromarray(r.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name / f"{k}.png")
-    return folder
+    return noise(tmp_path_factory.mktemp("photos"), ("Crack", "Spallation"), 8)
 
 
 @pytest.fixture(scope="module")

@@ -24,23 +24,7 @@ from kernels.convolution import fast_second_derivative
 TINY = ["--image-size", "32", "--ch", "4", "--batch-size", "4", "--z-dim", "8"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Bit-identity is promised at equal thread counts; one is also fastest at this size."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    """24 small pictures in two class folders."""
-    folder = tmp_path_factory.mktemp("photos")
-    r = np.random.default_rng(0)
-    for name, tone in (("Crack", 60), ("Spallation", 160)):
-        (folder / name).mkdir()
-        for k in range(12):
-            a = np.clip(tone + 40 * r.standard_normal((8, 8, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(a).resize((32, 32), Image.Resampling.BICUBIC).save(folder / name / f"{k:02d}.png")
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def setup(*argv, size=40):
@@ -561,8 +545,9 @@ def test_a_state_on_the_cpu_is_a_copy_that_keeps_what_torch_notes_on_it():
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"step": k}) + "\n" for k in (2, 4, 5, 6, 8)) + '{"step": 1')
-    okd_train.cut_log(log, 6, 2)
-    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [2, 4, 6]
+    for step, every, kept in ((6, 2, [2, 4, 5, 6]), (5, 2, [2, 4]), (5, 1, [2, 4])):         # 5 stays in front of 6: --log-every was another then
+        okd_train.cut_log(log, step, every)
+        assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == kept
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

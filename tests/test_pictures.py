@@ -17,25 +17,18 @@ import torch
 from PIL import Image, ImageColor
 
 import okd_train
+from conftest import noise
 
 TINY = ["--image-size", "32", "--ch", "4", "--batch-size", "4", "--z-dim", "8", "--log-every", "1", "--sample-every", "1", "--save-every", "2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """16 pictures in two class folders, one of them named as only an attacker would."""
-    folder = tmp_path_factory.mktemp("photos") / "a&b <i>"
-    r = np.random.default_rng(0)
-    for name in ("<b>Crack", "Rust"):
-        (folder / name).mkdir(parents=True)
-        for k in range(8):
-            Image.fromarray(r.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name / f"{k}.png")
-    return folder
+    return noise(tmp_path_factory.mktemp("photos") / "a&b <i>", ("<b>Crack", "Rust"), 8)
 
 
 @pytest.fixture(scope="module")

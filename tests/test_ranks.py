@@ -8,32 +8,23 @@ import sys
 import textwrap
 import time
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import okd_train
+from conftest import noise
 from test_okd_train import OTHER, TINY, assert_same, logs
 
 ENV = dict(os.environ, OMP_NUM_THREADS="1")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    r = np.random.default_rng(0)
-    for name in ("Crack", "Spallation"):
-        (folder / name).mkdir()
-        for k in range(8):
-            Image.fromarray(r.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name / f"{k}.png")
-    return folder
+    return noise(tmp_path_factory.mktemp("photos"), ("Crack", "Spallation"), 8)
 
 
 def torchrun(n, *argv, script=okd_train.__file__, ok=True, flags=("--standalone",), timeout=120, cwd=None):
