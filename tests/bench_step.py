@@ -1,6 +1,7 @@
 """How long one training step takes against the loop that one would write first, what each lever is worth, and how cost grows.
 
     python tests/bench_step.py                      # full size, three groups, batch 25: about five minutes on two cores
+    python tests/bench_step.py --steps 50           # on a GPU, where a step takes milliseconds
     python tests/bench_step.py --levers             # ours against ours without one lever, or with one more: about fifteen minutes
     python tests/bench_step.py --growth             # groups, batch and image size, by okd_train.py --benchmark --json
     python tests/bench_step.py --ch 16 --batch-size 10 --steps 5
@@ -19,7 +20,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,17 +145,9 @@ def child(variant, steps, argv):
     okd_train.set_precision(s, device)
     t = okd_train.Trainer(script, s, okd_train.Data(images, labels, classes, s, device), device)
     step = take(variant, t, script.Generator.forward.__globals__)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for _ in range(okd_train.WARM_UP + 2 if device.type == "cuda" else 1):
         step()
-    wait()
-    seconds = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        step()
-        wait()
-        seconds.append(time.perf_counter() - begin)
-    print(statistics.median(seconds), torch.cuda.max_memory_allocated() / 1024 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(statistics.median(okd_train.Clock(device).pace(step, steps)), torch.cuda.max_memory_allocated() / 1024 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def growth(rest, steps):

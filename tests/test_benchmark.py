@@ -89,3 +89,33 @@ def test_the_comparison_with_the_obvious_loop_runs(root):
     assert p.returncode == 0, p.stderr
     rows = {line.split()[0]: list(map(float, line.split()[1:4])) for line in p.stdout.splitlines()[2:]}
     assert rows.keys() == {"obvious", "ours"} and rows["ours"][1] == 1 and all(v > 0 for row in rows.values() for v in row)
+
+
+def test_a_gpu_is_not_waited_for_between_two_steps(monkeypatch):
+    """A device that works 3 s on what takes the host 1 s: a step lasts 3 s, and the host has asked once before and once after all of them."""
+    now, done, waits = [0.0], [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = max(now[0], done[0])
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3
+
+    def step():
+        now[0] += 1
+        done[0] = max(now[0], done[0]) + 3
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(now.__setitem__(0, max(now[0], done[0]))))
+    assert okd_train.Clock(torch.device("cuda")).pace(step, 4) == [4, 3, 3, 3] and len(waits) == 2
+
+
+@pytest.mark.gpu
+def test_gpu_benchmark_measures_the_graph(capsys):
+    okd_train.main(["--benchmark", "20", "--json", "--groups", "2", "--batch-size", "8", "--cuda-graph", "on"])
+    r = json.loads(capsys.readouterr().out)
+    assert 0 < r["graph_seconds"][1] < r["eager_seconds"][1] and r["step_seconds"] == r["graph_seconds"][1]
+    assert 0 < r["gpu_busy_share"] <= 1 and r["launches_per_step"] > 100 and 1e7 < r["peak_memory_bytes"] < 1e11
