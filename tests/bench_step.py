@@ -11,10 +11,11 @@ Every variant runs in a process of its own, in turns (A B C A B C ...), on the s
                eager attention (kernels/reference.py), torch's convolutions, the default allocator
     detached   the same with fakes detached
     ours       okd_train's step, with the allocator setting that training uses
-    levers     `ours` less one of them (-name), or with one that was not taken (+name); see LEVERS below
+    levers     `ours` less one of them (-name), or with one that was not taken (+name); see LEVERS and GPU_LEVERS below
 Prints median seconds per step, the ratio to ours (pair by pair, median) and the peak resident memory.
 """
 import argparse
+import contextlib
 import json
 import resource
 import statistics
@@ -39,6 +40,16 @@ LEVERS = {
     "+in place": "activations in place",
     "+padded SDPA": "attention of G by scaled_dot_product_attention, q and k padded to v's channels",
     "+bf16": "--precision bf16",
+}
+GPU_LEVERS = {
+    "-graph": "--cuda-graph off",
+    "-lanes": "the graph captured on one stream",
+    "-triton": "attention eager, in N x N matrices",
+    **{name: LEVERS[name] for name in ("-one pass", "-freezing", "-one forward", "-cached", "+in place", "+bf16")},
+    "-fused adam": "torch's foreach Adam",
+    "+channels last": "networks and images in channels_last",
+    "+cudnn benchmark": "cuDNN tries its algorithms out and takes the fastest",
+    "+fp32": "--precision fp32",
 }
 
 
@@ -80,10 +91,11 @@ def obvious_step(t, detach):
 
 def take(variant, t, module):
     """Change the trainer t (and the model script's module globals) by one lever; returns the step to time."""
+    import okd_train
     import torch
     from kernels import reference
     from torch.nn.utils import parametrize
-    own = module.get("self_attention")
+    own, cuda = module.get("self_attention"), t.device.type == "cuda"
     large = lambda f: lambda q, k, v: f(q, k, v) if q.shape[2] >= 1024 and not k.shape[1] > 16 else own(q, k, v)        # G's, never penalised
     if variant in ("obvious", "detached"):
         module["self_attention"] = reference.attention
@@ -99,7 +111,6 @@ def take(variant, t, module):
             return f(Apart(), real, fake, *a, **k)
         module["_critic_loss"] = two_passes
     if variant == "-freezing":
-        import contextlib
         for g in t.groups:
             for role in "DC":
                 g.nets[role].frozen = contextlib.nullcontext
@@ -107,13 +118,19 @@ def take(variant, t, module):
         generate = t.generate
         t.generate = lambda g, d, n: [generate(g, d, n) for _ in range(3)][-1]
     if variant == "-cached":
-        import contextlib
         parametrize.cached = contextlib.nullcontext
     if variant == "-fused adam":
         for g in t.groups:
             for n in g.nets.values():
-                n.opt.param_groups[0].update(fused=False, foreach=False, lr=float(n.opt.param_groups[0]["lr"]))
-    if variant == "-blocks":
+                n.opt.param_groups[0].update(dict(fused=False, foreach=True) if cuda else dict(fused=False, foreach=False, lr=float(n.opt.param_groups[0]["lr"])))
+    if variant == "-lanes":
+        class OneStream(okd_train.Lanes):
+            def __call__(self, *name, after=()):
+                return contextlib.nullcontext()
+        t.lanes = OneStream()
+    if variant == "+cudnn benchmark":
+        torch.backends.cudnn.benchmark = True
+    if variant in ("-blocks", "-triton"):
         module["self_attention"] = reference.attention
     if variant == "-fused attention":
         reference.FUSED_FROM_N = float("inf")
@@ -135,9 +152,11 @@ def child(variant, steps, argv):
         okd_train.keep_freed_memory()
     if variant in ("-channels last", "obvious", "detached"):
         okd_train.Script.layout = lambda script, device: torch.contiguous_format
+    if variant == "+channels last":
+        okd_train.Script.layout = lambda script, device: torch.channels_last
     if variant == "-convolution" or variant in ("obvious", "detached"):
         okd_train.fast_second_derivative = None
-    s, script, named = okd_train.parse(argv + (["--precision", "bf16"] if variant == "+bf16" else []))
+    s, script, named = okd_train.parse(argv + {"+bf16": ["--precision", "bf16"], "+fp32": ["--precision", "fp32"], "-graph": ["--cuda-graph", "off"]}.get(variant, []))
     okd_train.settle(s, script, named)
     images, labels, classes = okd_train.synthetic_images(s.image_size, script.conditional)
     s.n_classes = len(classes)
@@ -179,7 +198,8 @@ def main():
     print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}; {' '.join(rest) or 'sagan, 3 groups, batch 25, 64x64'}", flush=True)
     if a.growth:
         return growth(rest, a.steps)
-    seen = {v: [] for v in (["ours", *LEVERS] if a.levers else a.variants.split(","))}
+    levers = GPU_LEVERS if torch.cuda.is_available() and "cpu" not in rest else LEVERS
+    seen = {v: [] for v in (["ours", *levers] if a.levers else a.variants.split(","))}
     for _ in range(a.rounds):
         for v in seen:
             out = subprocess.run([sys.executable, __file__, f"--child={v}", "--steps", str(a.steps), *rest], check=True, capture_output=True, text=True).stdout
@@ -187,7 +207,7 @@ def main():
     print(f"{'variant':15} {'s/step':>8} {'ours/it':>8} {'peak GB':>8}")
     for v, rows in seen.items():
         ratio = statistics.median(o[0] / r[0] for o, r in zip(seen["ours"], rows)) if "ours" in seen else float("nan")
-        print(f"{v:15} {statistics.median(r[0] for r in rows):8.3f} {ratio:8.3f} {max(r[1] for r in rows) / 1e6:8.2f}  {LEVERS.get(v, '')}")
+        print(f"{v:15} {statistics.median(r[0] for r in rows):8.3f} {ratio:8.3f} {max(r[1] for r in rows) / 1e6:8.2f}  {levers.get(v, '')}")
 
 
 if __name__ == "__main__":
