@@ -56,7 +56,7 @@ MAX_CQ = 64             # wider queries would need a loop over Cq too
 
 # Launch tables: kernel -> arithmetic -> (rows a program owns, positions per inner step, channels per step, warps, stages);
 # WIDE replaces a row where Cq > 32. Fixed, not tuned at run time: the same numbers on every run, no stall at the first
-# call, safe under CUDA graph capture. Chosen by compiling for sm_80 and sm_90, and held by tests/test_kernels.py to at
+# call, safe under CUDA graph capture. Chosen by compiling for sm_80 and sm_90 with Triton 3.6 and 3.9, and held by tests/test_kernels.py to at
 # most 256 bytes of spills and SHARED_KIB of shared memory; no row has been timed on a GPU yet.
 # "half" is bf16 and fp16. "ieee" has no tensor cores: its products unroll into registers, hence the small blocks.
 TABLE = {
@@ -66,19 +66,19 @@ TABLE = {
     "tiled_forward":         {"tf32": (64, 64, 64, 4, 2), "half": (64, 64, 128, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 4, 1)},
     "tiled_rows":            {"tf32": (64, 64, 64, 4, 2), "half": (64, 64, 128, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
     "tiled_columns":         {"tf32": (64, 64, 64, 4, 2), "half": (64, 64, 128, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
-    "tiled_double_q":        {"tf32": (64, 32, 64, 4, 2), "half": (64, 32, 64, 4, 2), "ieee": (32, 16, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
+    "tiled_double_q":        {"tf32": (64, 32, 64, 4, 2), "half": (64, 32, 64, 4, 2), "ieee": (32, 16, 32, 8, 1), "double": (16, 16, 16, 8, 1)},
     "tiled_double_g":        {"tf32": (64, 32, 64, 4, 2), "half": (64, 64, 64, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
-    "tiled_double_columns":  {"tf32": (64, 32, 64, 4, 1), "half": (64, 32, 64, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
+    "tiled_double_columns":  {"tf32": (64, 32, 64, 4, 1), "half": (64, 32, 64, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (16, 16, 16, 8, 1)},
 }
 WIDE = {
     "tiled_rows":            {"tf32": (64, 32, 64, 8, 1)},
-    "tiled_double_q":        {"tf32": (32, 32, 32, 8, 1), "half": (32, 32, 64, 8, 1), "ieee": (16, 16, 16, 8, 1), "double": (16, 16, 16, 8, 1)},
-    "tiled_double_g":        {"tf32": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1)},
-    "tiled_double_columns":  {"tf32": (32, 32, 32, 8, 1), "half": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1), "double": (16, 16, 16, 8, 1)},
+    "tiled_double_q":        {"tf32": (32, 32, 32, 8, 1), "half": (32, 32, 64, 8, 1), "ieee": (16, 16, 16, 8, 1)},
+    "tiled_double_g":        {"tf32": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
+    "tiled_double_columns":  {"tf32": (32, 32, 32, 8, 1), "half": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1)},
 }
 SHARED_KIB = 99         # what the smallest chips from Ampere on offer one program
 # Largest N, and largest N x Cq (both as padded powers of two), whose double backward the small family does without spilling.
-SMALL = {"tf32": (64, 2048), "half": (64, 4096), "ieee": (32, 1024), "double": (64, 2048)}
+SMALL = {"tf32": (64, 2048), "half": (64, 4096), "ieee": (32, 1024), "double": (32, 1024)}
 
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels. They are jitted by _load() at the first launch: importing this file imports no Triton.
@@ -376,7 +376,7 @@ def tiled_columns(q, k, v, g, top, inv, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, g
 
 @_jit
 def tiled_double_q(q, k, kp, v, g, a, b_, bp, e, top, inv, d, m, u, gq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N,
-                   LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+                   LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PART: tl.constexpr,
                    ONE: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     """m, u and gQ of BI rows in one sweep: m and u are known only at its end, so what they multiply,
     dQ and P K, is summed beside them and taken off there. Dividing by <P>, 1 but for rounding, makes W's rows sum to
@@ -403,7 +403,19 @@ def tiled_double_q(q, k, kp, v, g, a, b_, bp, e, top, inv, d, m, u, gq, qb, qc, 
         j = j0 + tl.arange(0, BJ)
         K = _tile(k, cq, Cq, N, j, N, 1)
         B = _tile(b_, cq, Cq, N, j, N, 1)
-        P = tl.where(j[None, :] < N, _exp(_dot(Q, K, PREC, UP) * LOG2E - L[:, None], LOG2E) * I[:, None], 0)
+        if PART == BQ:
+            S = _dot(Q, K, PREC, UP)
+            M = _dot(AT, K, PREC, UP) + _dot(Q, B, PREC, UP)
+        else:                                           # without tensor cores a thread holds whole rows and columns of a product
+            S = tl.zeros((BI, BJ), ACC)
+            M = tl.zeros((BI, BJ), ACC)
+            for c0 in range(0, BQ, PART):
+                c = c0 + tl.arange(0, PART)
+                q_part, k_part = _tile(q, i, N, qn, c, Cq, qc), _tile(k, c, Cq, N, j, N, 1)
+                S += _dot(q_part, k_part, PREC, UP)
+                M += _dot(_tile(a, i, N, 1, c, Cq, N), k_part, PREC, UP)
+                M += _dot(q_part, _tile(b_, c, Cq, N, j, N, 1), PREC, UP)
+        P = tl.where(j[None, :] < N, _exp(S * LOG2E - L[:, None], LOG2E) * I[:, None], 0)
         if ONE:
             c = tl.arange(0, BC)
             X = _dot(GT, _tile(v, c, C, vc, j, N, vn), PREC, UP)
@@ -416,7 +428,6 @@ def tiled_double_q(q, k, kp, v, g, a, b_, bp, e, top, inv, d, m, u, gq, qb, qc, 
                 GC = _tile(g, i, N, gn, c, C, gc)
                 X += _dot(GC, _tile(v, c, C, vc, j, N, vn), PREC, UP)
                 F += _dot(GC, _tile(e, c, C, N, j, N, 1), PREC, UP)
-        M = _dot(AT, K, PREC, UP) + _dot(Q, B, PREC, UP)
         Z = P * (X - D[:, None])
         Y = Z * M + P * F
         sum_m += tl.sum(P * M, 1)
@@ -565,6 +576,8 @@ def _launch(name, arith, args, B, Cq, C, N):
             meta.update(ONE=chunks == 1)
         if name in ("tiled_rows", "tiled_double_q"):
             meta.update(RAW=arith == "half")
+        if name == "tiled_double_q":
+            meta.update(PART=min(32, meta["BQ"]) if arith == "double" else meta["BQ"])
         if name in ("tiled_forward", "tiled_double_g"):
             grid += (chunks,)
         if name == "tiled_double_columns" or name == "tiled_columns" and chunks > 1:

@@ -562,7 +562,7 @@ def test_benchmark_runs_on_the_cpu(tmp_path):
 # Compilation ----------------------------------------------------------------------------------------------------
 
 # Every row of TABLE at the widest it serves, WIDE likewise, and the branch with one chunk of C.
-WORST = {"tf32": (32, 64), "half": (64, 64), "ieee": (32, 32), "double": (32, 64)}     # small: Cq, N
+WORST = {"tf32": (32, 64), "half": (64, 64), "ieee": (32, 32), "double": (32, 32)}     # small: Cq, N
 TILED_SHAPES = [(64, 512, 256, ""), (32, 256, 256, "double_|rows"), (16, 64, 256, "double_q|rows|columns$")]
 DTYPES = {"tf32": torch.float32, "half": torch.bfloat16, "ieee": torch.float32, "double": torch.float64}
 
