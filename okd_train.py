@@ -834,11 +834,17 @@ class OneLane:
 
 def record(work, pool, stream):
     """Capture what work() launches -> (graph, what work returned). Nothing runs until graph.replay()."""
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
     # The outer context, because torch.cuda.graph leaves its stream the current one when a capture fails.
     # thread_local, because NCCL's watchdog asks for events in a thread of its own, which "global" forbids.
-    with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        result = work()
+    try:
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            result = work()
+    except BaseException:
+        with contextlib.suppress(AttributeError, RuntimeError):     # torch leaves its allocator capturing, which then frees nothing any more
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            torch._C._cuda_releasePool(stream.device_index, pool)
+        raise
     return graph, result
 
 
@@ -1050,14 +1056,14 @@ class Trainer:
         self.graphs, self.captured_for = None, bool(self.s.rho)     # with rho 0 a step launches other kernels
         why = self.ranks.first(self.obstacle())
         if why is None:
-            before = [t.clone() for t in self.moving()]
+            before = [t.detach().clone() for t in self.moving()]        # a clone with a graph would keep the default stream in every backward
             eager = self.tried(lambda: self.eager(OneLane()), before)       # first, so that its memory is free again for the graph
             try:
                 self.capturing = True
                 self.graphs = self.record_graphs()
             except Exception as e:
                 e = e.__context__ or e                              # the end of a failed capture fails, too, and hides the reason
-                why = f"capturing it failed: {where(e, self.script.path)[:200]}"
+                why = f"capturing it failed: {where(e, self.script.path).partition(' Search for `cuda')[0][:200]}"
                 for g in self.groups:
                     for n in g.nets.values():
                         n.opt.zero_grad(set_to_none=True)
@@ -2864,8 +2870,8 @@ class Clock:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is asked of a GPU: operations that are no views, each gradient of a convolution apart, and their arithmetic by
-    torch's formulas. (torch's own FlopCounterMode fails on the derivative of a leaf, which a penalty takes.)"""
+    """Counts what is asked of a GPU: operations that are no views, each gradient of a convolution apart (but not its bias, which a GPU
+    adds by a launch of its own), and their arithmetic by torch's formulas. (torch's own FlopCounterMode fails on the derivative of a leaf, which a penalty takes.)"""
 
     def __init__(self):
         super().__init__()
@@ -2938,7 +2944,7 @@ def machine_rates(trainer, n):
 
 def gpu_trace(step, n):
     """(GPU operations per step, share of the time in which the GPU did something) over n steps, from torch's profiler."""
-    with profile(activities=[ProfilerActivity.CUDA]) as p:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as p:
         begin = time.perf_counter()
         for _ in range(n):
             step()
@@ -3027,7 +3033,7 @@ def benchmark(s, script):
         line("step, CUDA graph", graph)
     print(f"""{trainer.graph_note or 'Steps run eagerly: --cuda-graph off.'}
 {result['images_per_second']:.1f} images/s made and learnt from, all groups{f'; peak memory {peak / 2 ** 30:.2f} GiB' if peak else ''}
-{operations:.0f} {'GPU operations' if cuda else 'operations that a GPU would launch'} in an eager step{f', GPU busy {busy:.0%} of the time' if cuda else ''}
+{operations:.0f} {'GPU operations' if cuda else 'operations, on a GPU at least as many launches,'} in an eager step{f', GPU busy {busy:.0%} of the time' if cuda else ''}
 {flops / 1e9:.1f} GFLOP a step; this machine: {matmul / 1e9:.0f} GFLOP/s in a matrix product, {convolutions / 1e9:.0f} in these convolutions
 at the better of the two a step would take {flops / max(matmul, convolutions) * 1e3:.1f} ms: {result['floor_share']:.0%} of that rate is reached
 The paper's 50,000 steps take {span(50000 * seconds)}.""")

@@ -193,11 +193,50 @@ def test_a_failed_capture_leaves_an_eager_run(recorded, monkeypatch):
     assert not a.graphs and "capturing it failed: RuntimeError: operation not permitted" in a.graph_note
 
 
+def test_what_is_put_back_after_the_proof_holds_no_graph(recorded, monkeypatch):
+    """A clone of a parameter with its graph keeps the node in which its gradient gathers, and that node the default stream, for which a captured
+    backward may not wait: no step was ever captured."""
+    tried, seen = okd_train.Trainer.tried, []
+    monkeypatch.setattr(okd_train.Trainer, "tried", lambda t, run, before: (seen.extend(before), tried(t, run, before))[1])
+    t = recorded("--groups", "2", *TINY)
+    for _ in range(4):
+        t.step()
+    assert t.graphs and len(seen) > 100 and not any(x.requires_grad for x in seen)
+
+
+def test_a_failed_capture_gives_the_allocator_back(monkeypatch):
+    """torch's end of a failed capture raises before it tells the allocator; one that failed in Python has told it."""
+    told, stream = [], types.SimpleNamespace(device_index=3)
+
+    @contextlib.contextmanager
+    def graph(g, pool, stream, capture_error_mode):
+        try:
+            yield
+        finally:
+            if fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            told.append(pool)
+
+    def end(device, pool):
+        if pool in told:
+            raise RuntimeError("not currently recording to this pool")
+        told.append((device, pool))
+    for name, f in dict(CUDAGraph=object, graph=graph, stream=lambda s: contextlib.nullcontext(), graph_pool_handle=lambda: (0, 7)).items():
+        monkeypatch.setattr(torch.cuda, name, f)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: told.append("released"), raising=False)
+    for fails, expected in ((True, [(3, (0, 7)), "released"]), (False, [(0, 7)])):
+        told.clear()
+        with pytest.raises((ValueError, RuntimeError)) as e:
+            okd_train.record(lambda: int("no number"), None, stream)
+        assert told == expected and "no number" in str(e.value if not fails else e.value.__context__)
+
+
 def test_a_failed_capture_is_explained_by_its_cause(recorded, monkeypatch):
-    """torch.cuda.graph raises once more while it leaves, and hides what went wrong inside."""
+    """torch.cuda.graph raises once more while it leaves, and hides what went wrong inside; CUDA adds where to read on."""
     def record(work, pool, stream):
         try:
-            raise RuntimeError("the cause")
+            raise RuntimeError("the cause\nSearch for `cudaErrorX' in https://docs")
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
     monkeypatch.setattr(okd_train, "record", record)
