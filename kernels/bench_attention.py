@@ -178,7 +178,10 @@ def measure(shape, B, phase, precision, graph, device="cuda", milliseconds=100, 
                     before = torch.cuda.memory_allocated()
                     call()
                     row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-                q20, median, q80 = quantiles(capture(build) if graph else call, device, milliseconds)
+                if graph:
+                    call = None         # what it keeps for its second backward would tie the inputs' gradients to the default stream
+                    call = capture(build)
+                q20, median, q80 = quantiles(call, device, milliseconds)
             except Exception as error:      # whatever a rival raises is its row's result
                 row["note"] = why_not(error)
                 if device == "cuda":
