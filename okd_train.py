@@ -3290,7 +3290,10 @@ def cores():
 
 
 def launch(n, argv, device, hint):
-    """Run this script in n processes on this machine; returns when all are done, with their exit status."""
+    """Run this script in n processes on this machine; returns when all are done, with their exit status.
+
+    device is a name that the processes will try: to try a GPU here as well would hold memory on it.
+    """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -3298,7 +3301,7 @@ def launch(n, argv, device, hint):
     for name in list(os.environ):                                   # an outer torchrun's, which would mislead the inner one
         if re.fullmatch("((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*", name):
             del os.environ[name]
-    if device == "cpu":                                             # only a name: to try a GPU here would take memory on it
+    if device.split(":")[0] == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)        # its report would bury our one line
     config = dict(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=f"okd{os.getpid()}", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
