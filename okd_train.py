@@ -64,8 +64,9 @@ from torch.utils.flop_counter import flop_registry
 try:
     from kernels import reference as attention
     from kernels.convolution import fast_second_derivative
+    from kernels.spectral_norm import SpectralNorms
 except ImportError:                                                 # this file was copied alone
-    attention = fast_second_derivative = None
+    attention = fast_second_derivative = SpectralNorms = None
 
 try:
     import fcntl
@@ -105,6 +106,7 @@ NONE_BY_DEFAULT = dict(data=str, epochs=float, max_seconds=float, device=str, fi
 MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device", "nproc", "cuda_graph",
               "precision"}      # on --resume
 PICTURES = {"curves": "curves.png", "interpolate": "interpolate.png", "attention_maps": "attention.png", "report": "report.html"}   # flag: file
+NORMS_TOGETHER = {"cuda"}       # devices on which the spectral norms of a network are made together: where a launch costs more than its work
 WARM_UP = 3                     # steps before a capture: cuDNN, cuBLAS, Triton and Adam make what they need at their first call
 PROOF = 1e-2                    # largest difference of a replay to an eager step, of each network's largest gradient: roundings stay far below, what went stale far above
 OUTER = "OKD_TRAIN_AGENT"       # which torchrun started us, told to the processes that we start ourselves
@@ -655,13 +657,15 @@ class Network:
         self.opt._warned_capturable_if_run_uncaptured = True        # torch would say so on stderr, but the first steps must run uncaptured
         inside = [m for m in net.modules() if isinstance(m, parametrize.ParametrizationList)]
         self.parametrizations = [m for p in inside for m in p]
-        self.normed = [(m, name) for m in net.modules() if parametrize.is_parametrized(m) for name in m.parametrizations]
+        self.parametrized = [(m, name) for m in net.modules() if parametrize.is_parametrized(m) for name in m.parametrizations]
         self.norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
         handled = {id(b) for m in self.parametrizations + self.norms for b in m.buffers()}
         if self.ranks:
             for m in self.norms:
                 m.forward = functools.partial(whole_batch_norm, m, ranks.peers)
         self.others = [b for b in net.buffers() if id(b) not in handled] + [p for p in net.parameters() if not p.requires_grad]
+        together = SpectralNorms and self.params[0].device.type in NORMS_TOGETHER
+        self.normed = SpectralNorms(net) if together else parametrize.cached
 
     @contextlib.contextmanager
     def frozen(self):
@@ -676,7 +680,8 @@ class Network:
         kept = [b.detach().clone() for b in self.others]            # e.g. the u of a spectral norm written by hand
         let_move(False)
         try:
-            yield
+            with self.normed():
+                yield
         finally:
             let_move(True)
             with torch.no_grad():
@@ -686,10 +691,10 @@ class Network:
     def step(self, loss):
         """loss: a function -> scalar, (scalar, logs). One joint backward, one optimiser step; returns (loss, logs) detached.
 
-        cached(): every use of a spectrally normed weight in this update sees one power iteration, and it is left before
+        normed(): every use of a spectrally normed weight in this update sees one power iteration, and it is left before
         the optimiser moves the weights.
         """
-        with parametrize.cached():
+        with self.normed():
             out = loss()
             value, logs = out if isinstance(out, tuple) else (out, {})
             (value * self.ranks.share if self.ranks else value).backward(inputs=self.params)     # not into the penalty's images
@@ -703,8 +708,8 @@ class Network:
         return value.detach(), {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in logs.items()}
 
     def refresh(self):
-        """Make the normed weights of this update; under cached() every later use finds these."""
-        for m, name in self.normed:
+        """Make the parametrized weights of this update; under normed() every later use finds these."""
+        for m, name in self.parametrized:
             getattr(m, name)
 
 
@@ -934,7 +939,7 @@ class Trainer:
         """A group's fakes (B, 3, H, W) float32, with their graph where gradients are on."""
         self.seed(number, g, "G")
         n = g.nets["G"]
-        with parametrize.cached() if self.bf16 else contextlib.nullcontext(), self.autocast(n):
+        with n.normed(), self.autocast(n):
             return (n.net(d["z"], d["y"]) if self.conditional else n.net(d["z"])).float()
 
     def critic_step(self, g, role, d, number, real, fake, y_real):
@@ -2870,8 +2875,10 @@ class Clock:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is asked of a GPU: operations that are no views, each gradient of a convolution apart (but not its bias, which a GPU
-    adds by a launch of its own), and their arithmetic by torch's formulas. (torch's own FlopCounterMode fails on the derivative of a leaf, which a penalty takes.)"""
+    """Counts what is asked of a GPU: operations that are no views, a convolution's bias and each of its gradients apart, and their
+    arithmetic by torch's formulas. (torch's own FlopCounterMode fails on the derivative of a leaf, which a penalty takes.)"""
+
+    IDLE = "empty", "_unsafe_view", "_record_function"              # beginnings of names
 
     def __init__(self):
         super().__init__()
@@ -2880,8 +2887,8 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out, packet = f(*args, **(kwargs or {})), f.overloadpacket
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in f._schema.returns)
-        if not view and not packet.__name__.startswith("empty"):
-            self.n += sum(args[10]) if packet.__name__ == "convolution_backward" else 1
+        if not view and not packet.__name__.startswith(self.IDLE):
+            self.n += {"convolution_backward": lambda: sum(args[10]), "convolution": lambda: 1 + (args[2] is not None)}.get(packet.__name__, lambda: 1)()
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
@@ -2898,6 +2905,9 @@ def count_work(script, s):
     script.channels_last = False
     data = Data(torch.zeros(4, 3, s.image_size, s.image_size, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), [], few, cpu)
     trainer = Trainer(script, few, data, cpu)
+    for g in trainer.groups if SpectralNorms else ():
+        for n in g.nets.values():
+            n.normed = SpectralNorms(n.net)
     trainer.step()
     fused = getattr(attention, "FUSED_FROM_N", None)
     try:

@@ -37,6 +37,7 @@ LEVERS = {
     "-fused attention": "attention of G by autograd in blocks of four images (MKL's products, P kept)",
     "-blocks": "attention of G by autograd in one piece of 105 MB",
     "-channels last": "networks and images in torch's default layout",
+    "+norms together": "all spectral norms of a network in one go (kernels/spectral_norm.py)",
     "+in place": "activations in place",
     "+padded SDPA": "attention of G by scaled_dot_product_attention, q and k padded to v's channels",
     "+bf16": "--precision bf16",
@@ -45,6 +46,8 @@ GPU_LEVERS = {
     "-graph": "--cuda-graph off",
     "-lanes": "the graph captured on one stream",
     "-triton": "attention eager, in N x N matrices",
+    "+all triton": "the critics' small attention by Triton, too",
+    "-norms together": "spectral norms layer by layer, by torch",
     **{name: LEVERS[name] for name in ("-one pass", "-freezing", "-one forward", "-cached", "+in place", "+bf16")},
     "-fused adam": "torch's foreach Adam",
     "+channels last": "networks and images in channels_last",
@@ -94,7 +97,6 @@ def take(variant, t, module):
     import okd_train
     import torch
     from kernels import reference
-    from torch.nn.utils import parametrize
     own, cuda = module.get("self_attention"), t.device.type == "cuda"
     large = lambda f: lambda q, k, v: f(q, k, v) if q.shape[2] >= 1024 and not k.shape[1] > 16 else own(q, k, v)        # G's, never penalised
     if variant in ("obvious", "detached"):
@@ -118,7 +120,8 @@ def take(variant, t, module):
         generate = t.generate
         t.generate = lambda g, d, n: [generate(g, d, n) for _ in range(3)][-1]
     if variant == "-cached":
-        parametrize.cached = contextlib.nullcontext
+        for n in (n for g in t.groups for n in g.nets.values()):
+            n.normed = contextlib.nullcontext
     if variant == "-fused adam":
         for g in t.groups:
             for n in g.nets.values():
@@ -128,6 +131,8 @@ def take(variant, t, module):
             def __call__(self, *name, after=()):
                 return contextlib.nullcontext()
         t.lanes = OneStream()
+    if variant == "+all triton":
+        sys.modules["kernels.attention"].TRITON_FROM_N = 1
     if variant == "+cudnn benchmark":
         torch.backends.cudnn.benchmark = True
     if variant in ("-blocks", "-triton"):
@@ -154,6 +159,8 @@ def child(variant, steps, argv):
         okd_train.Script.layout = lambda script, device: torch.contiguous_format
     if variant == "+channels last":
         okd_train.Script.layout = lambda script, device: torch.channels_last
+    if variant.endswith("norms together"):
+        okd_train.NORMS_TOGETHER = {"cpu"} if variant[0] == "+" else set()
     if variant == "-convolution" or variant in ("obvious", "detached"):
         okd_train.fast_second_derivative = None
     s, script, named = okd_train.parse(argv + {"+bf16": ["--precision", "bf16"], "+fp32": ["--precision", "fp32"], "-graph": ["--cuda-graph", "off"]}.get(variant, []))

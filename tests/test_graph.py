@@ -24,6 +24,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CUDA = torch.cuda.is_available()
 
 
+@pytest.fixture(autouse=True)
+def norms_as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(okd_train, "NORMS_TOGETHER", {"cpu", "cuda"})
+
+
 class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -357,6 +362,7 @@ init, obstacle = okd_train.Trainer.__init__, okd_train.Trainer.obstacle
 okd_train.Trainer.obstacle = lambda t: None if (why := obstacle(t)) == "the device is cpu" else why
 okd_train.Trainer.__init__ = lambda t, *a: (trainers.append(t), init(t, *a))[1]
 okd_train.record = test_graph.recording(trainers)
+okd_train.NORMS_TOGETHER = {{"cpu"}}
 okd_train.main(sys.argv[1:])
 assert trainers[0].graphs and len(trainers[0].graphs) == {parts}, trainers[0].graph_note
 '''
