@@ -75,6 +75,11 @@ def _times(x, w):
     return _linear(x, w, None, "none", [], "")
 
 
+def _dense(x):
+    """x (B, M, N) itself or a copy: of matrices with gaps oneDNN multiplies number by number, hundreds of times slower."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
+
+
 def _softmax_of_logits(q, k):
     return torch.softmax(_times(q, k), -1)
 
@@ -99,6 +104,7 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():
             leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
             return torch.autograd.grad(attention_blocked(*leaves), leaves, g, create_graph=True)
+        g = _dense(g)
         qt, kt, vt, gt = (x.mT.contiguous() for x in (q, k, v, g))
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         for b in range(len(q)):
@@ -112,4 +118,4 @@ def attention_cpu(q, k, v):
     """The quickest form on a CPU: fused in float32 from FUSED_FROM_N positions on, else blocked."""
     fused = _linear is not None and q.shape[2] >= FUSED_FROM_N and q.dtype == torch.float32 and not torch.compiler.is_compiling() \
         and not torch._C._are_functorch_transforms_active()
-    return _Fused.apply(q, k, v) if fused else attention_blocked(q, k, v)
+    return _Fused.apply(*map(_dense, (q, k, v))) if fused else attention_blocked(q, k, v)
