@@ -58,18 +58,22 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.query = nn.Conv2d(channels, max(1, channels // 8), 1)
-        self.key = nn.Conv2d(channels, max(1, channels // 8), 1)
-        self.value = nn.Conv2d(channels, channels, 1)
+        self.widths = max(1, channels // 8), max(1, channels // 8), channels
+        self.qkv = nn.Conv2d(channels, sum(self.widths), 1)         # query, key and value side by side: one launch in place of three
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
-        o = self_attention(self.query(x).flatten(2), self.key(x).flatten(2), self.value(x).flatten(2))  # (B, C, H*W)
+        o = self_attention(*self.project(x))                        # (B, C, H*W)
         return self.gamma * o.view_as(x) + x
+
+    def project(self, x):
+        """x (B, C, H, W) -> q, k (B, C // 8, H*W), v (B, C, H*W)."""
+        return self.qkv(x).flatten(2).split(self.widths, 1)
 
     def attention_map(self, x):
         """x (B, C, H, W) -> (B, H*W, H*W): row j holds where position j looks; rows sum to 1."""
-        return torch.softmax(self.query(x).flatten(2).transpose(1, 2) @ self.key(x).flatten(2), dim=-1)
+        q, k, _ = self.project(x)
+        return torch.softmax(q.transpose(1, 2) @ k, dim=-1)
 
 
 def _levels(image_size):
@@ -155,14 +159,15 @@ def gradient_penalty(D, a, b, eps=None, one_sided=False):
 
 def _critic_loss(D, real, fake, eps, lambda_gp, loss, one_sided):
     s = D(torch.cat([real, fake]))                                  # one pass: no layer mixes samples
-    s_real, s_fake = s[:len(real)], s[len(real):]
-    logs = {"w": (s_real.mean() - s_fake.mean()).detach()}
+    s_real, s_fake = s.split(len(real))
+    w = (s_real - s_fake).mean()
+    logs = {"w": w.detach()}
     if loss == "hinge":
         return F.relu(1 - s_real).mean() + F.relu(1 + s_fake).mean(), logs
     if loss != "wgan-gp":
         raise ValueError(f"loss is {loss!r}; it is wgan-gp or hinge")
     penalty, logs["grad_norm"] = gradient_penalty(D, real, fake, eps, one_sided)
-    return s_fake.mean() - s_real.mean() + lambda_gp * penalty, logs
+    return lambda_gp * penalty - w, logs
 
 
 def discriminator_loss(D, real, fake, eps=None, lambda_gp=10.0, loss="wgan-gp"):

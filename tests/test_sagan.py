@@ -24,7 +24,7 @@ def test_sizes(size):
 
 
 def test_attention_sits_where_the_reference_has_it():
-    places = lambda net: [m.value.in_channels for m in net.modules() if isinstance(m, sagan.SelfAttention)]
+    places = lambda net: [m.qkv.in_channels for m in net.modules() if isinstance(m, sagan.SelfAttention)]
     assert places(sagan.Generator()) == [128, 64] and places(sagan.Discriminator()) == [256, 512]
 
 
@@ -56,8 +56,8 @@ def test_attention_is_the_identity_at_first_and_has_no_scale():
     layer, x = sagan.SelfAttention(16), torch.randn(2, 16, 3, 5)
     assert torch.equal(layer(x), x)
     layer.gamma.data.fill_(0.7)
-    q, k, v = (f(x).flatten(2) for f in (layer.query, layer.key, layer.value))
-    assert q.shape[1] == 2
+    whole = (layer.qkv.weight.flatten(1) @ x.flatten(2)) + layer.qkv.bias[:, None]
+    q, k, v = whole[:, :2], whole[:, 2:4], whole[:, 4:]
     want = torch.zeros_like(v)
     for b in range(2):
         for j in range(15):                                         # o_j = sum_i beta_ij v_i, softmax over i
@@ -65,6 +65,7 @@ def test_attention_is_the_identity_at_first_and_has_no_scale():
             want[b, :, j] = sum(beta[i] * v[b, :, i] for i in range(15))
     torch.testing.assert_close(layer(x), 0.7 * want.view_as(x) + x, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.attention_map(x).sum(2), torch.ones(2, 15))
+    torch.testing.assert_close(layer.attention_map(x)[1, 7], torch.softmax(q[1, :, 7] @ k[1], 0))
 
 
 def test_constant_values_come_out_unchanged():
