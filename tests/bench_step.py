@@ -207,14 +207,17 @@ def main():
         return growth(rest, a.steps)
     levers = GPU_LEVERS if torch.cuda.is_available() and "cpu" not in rest else LEVERS
     seen = {v: [] for v in (["ours", *levers] if a.levers else a.variants.split(","))}
+    print(f"{'variant':15} {'s/step':>8} {'ours/it':>8} {'peak GB':>8}", flush=True)
+    printed = set()
     for _ in range(a.rounds):
         for v in seen:
             out = subprocess.run([sys.executable, __file__, f"--child={v}", "--steps", str(a.steps), *rest], check=True, capture_output=True, text=True).stdout
             seen[v].append(tuple(map(float, out.split())))
-    print(f"{'variant':15} {'s/step':>8} {'ours/it':>8} {'peak GB':>8}")
-    for v, rows in seen.items():
-        ratio = statistics.median(o[0] / r[0] for o, r in zip(seen["ours"], rows)) if "ours" in seen else float("nan")
-        print(f"{v:15} {statistics.median(r[0] for r in rows):8.3f} {ratio:8.3f} {max(r[1] for r in rows) / 1e6:8.2f}  {levers.get(v, '')}")
+            ready = [w for w, rows in seen.items() if len(rows) == a.rounds and w not in printed and len(seen.get("ours", rows)) == a.rounds]
+            for w in ready:                                         # as soon as they can be, for who must stop early
+                ratio = statistics.median(o[0] / r[0] for o, r in zip(seen["ours"], seen[w])) if "ours" in seen else float("nan")
+                print(f"{w:15} {statistics.median(r[0] for r in seen[w]):8.3f} {ratio:8.3f} {max(r[1] for r in seen[w]) / 1e6:8.2f}  {levers.get(w, '')}", flush=True)
+            printed.update(ready)
 
 
 if __name__ == "__main__":
