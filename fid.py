@@ -1,6 +1,6 @@
 """Scores for generated images: FID as papers quote it, KID, precision/recall/density/coverage, and what they are worth on small sets.
 
-    python fid.py REAL FAKE                                 # folders of images (or .npz statistics); prints FID: 12.3456
+    python fid.py REAL FAKE                                 # folders of images (or .npz: statistics, or images arr_0); prints FID: 12.3456
     python fid.py REAL G1 G2 G3                             # one pass over REAL, a table with the mean and the union of all
     python fid.py REAL RUN/fakes/G* RUN2/fakes/G*           # a row per run: one group, or G1 G2 ..., their mean and their union
     python fid.py REAL FAKE --kid --prdc --floor            # and how good a perfect generator could look at these n
@@ -649,12 +649,52 @@ def find_images(folder):
     return images, 0, True
 
 
+class ArrayImage(str):
+    """The name, arrays.npz#3, of an image in an array, with its pixels: a file among the others."""
+
+    pixels = None                               # uint8 (H, W, 3)
+
+    def __reduce__(self):                       # between ranks goes the name alone
+        return str, (str(self),)
+
+
+def load_array(path):
+    """The images of an .npz file that has them as arr_0, uint8 (n, H, W, 3) or (n, 3, H, W), as a list of ArrayImage; None for other files.
+
+    Such files are written by okd_train.py --sample N --npz and read by the evaluator of guided-diffusion. FidError for a bad one.
+    """
+    try:
+        with zipfile.ZipFile(path) as z:
+            sizes = {i.filename: (i.file_size, i.compress_size) for i in z.infolist()}
+        if "arr_0.npy" not in sizes or "mu.npy" in sizes:
+            return None
+        whole, packed = sizes["arr_0.npy"]
+        if whole > 1 << 30 and whole > 200 * packed:
+            raise FidError(f"{path}: arr_0 is packed to burst: {packed} bytes that become {whole}")
+        with np.load(path, allow_pickle=False) as f:
+            images = f["arr_0"]
+        images = _channels_last_array(images)
+    except FidError as e:
+        raise e if str(path) in str(e) else FidError(f"{path}: arr_0: {e}") from None
+    except Exception as e:                      # zip, zlib and numpy raise a dozen types for a cut or hostile file
+        if not zipfile.is_zipfile(path):
+            return None                         # load_statistics() says what it is
+        raise FidError(f"{path}: arr_0 cannot be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'empty'})") from None
+    found = []
+    for k, pixels in enumerate(images):
+        found.append(ArrayImage(f"{path}#{k}"))
+        found[-1].pixels = np.ascontiguousarray(pixels)             # a view of an array that lies channels last
+    return found
+
+
 def read_image(path):
     """(uint8 array (H, W, 3) RGB, whether it was scaled down from 16 bits).
 
     Alpha is dropped and EXIF orientation ignored, as FID programs do; 16-bit pixels are scaled (v >> 8), where Pillow would clip them to white.
     FidError names the file and the reason.
     """
+    if isinstance(path, ArrayImage):
+        return path.pixels, False
     from PIL import Image
     try:
         if not os.path.isfile(path) and os.path.exists(path):
@@ -887,7 +927,7 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
              precision="fp32", model=None, skip_bad=False):
     """Features (n, d) float32, a numpy array in the order of the images; they do not depend on batch_size, workers or neighbours.
 
-    images: a folder, a list of paths, or a uint8 array or tensor (n, H, W, 3) or (n, 3, H, W) in 0..255 (on any device).
+    images: a folder, an .npz file with images (arr_0), a list of paths, or a uint8 array or tensor (n, H, W, 3) or (n, 3, H, W) in 0..255 (on any device).
     features: "inception" (d = dims: 2048, 768, 192, 64) or "random" (d = 1280; images at their own size, no weights needed).
     resize: "torch" (bilinear to 299 without antialias, as pytorch-fid) or "clean" (bicubic with antialias, as clean-fid).
     model: what inception() or random_networks() returned, to load it once; then weights, dims, device, features and precision are its own.
@@ -901,11 +941,11 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
     if features not in ("inception", "random"):
         raise FidError(f"features must be inception or random, not {features}")
     if isinstance(images, (str, os.PathLike)):
-        images = find_images(images)[0]
+        images = str(images).endswith(".npz") and load_array(images) or find_images(images)[0]
     elif hasattr(images, "shape"):
         images = _channels_last_array(images)
     else:
-        images = [Path(p) for p in images]
+        images = [p if isinstance(p, ArrayImage) else Path(p) for p in images]
     if not len(images):
         raise FidError("no images")
     if model is None:
@@ -1031,7 +1071,7 @@ def _arguments(argv):
     p = _Parser(prog="fid.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     count = lambda low, high: lambda s: int(s) if re.fullmatch("[0-9]{1,9}", s) and low <= int(s) <= high else (_ for _ in ()).throw(
         argparse.ArgumentTypeError(f"{s[:40]!r} is no whole number of at least {low} and at most {high}"))
-    p.add_argument("real", metavar="REAL", help="folder of images, or an .npz file with mu and sigma")
+    p.add_argument("real", metavar="REAL", help="folder of images, or an .npz file with images (arr_0) or with mu and sigma")
     p.add_argument("fakes", metavar="FAKE", nargs="*", help="likewise; several give a table")
     p.add_argument("--dims", type=int, choices=DIMS, help="layer of the network (default 2048); readings of different dims do not compare")
     p.add_argument("--batch-size", type=count(1, 10 ** 6), help="images per pass; on the CPU at most %d at once (default 50)" % PIECE)
@@ -1103,6 +1143,10 @@ def _side(path):
             raise FidError(f"{path}: a covariance needs at least 2 images, there is 1 ({side.files[0].name})")
     elif not os.path.lexists(side.path):
         raise FidError(f"{path}: no such folder or file")
+    elif side.path.suffix == ".npz" and side.path.is_file() and (images := load_array(side.path)) is not None:
+        side.files, side.n = images, len(images)
+        if side.n < 2:
+            raise FidError(f"{path}: a covariance needs at least 2 images, arr_0 holds {side.n}")
     elif side.path.suffix == ".npz" and side.path.is_file():
         side.said = load_statistics(side.path)
         side.statistics, side.n = (side.said["mu"], side.said["sigma"]), side.said["n"]
@@ -1246,7 +1290,7 @@ def _check(args, sides, folders, files):
             raise FidError(f"{s.path}: made with resize {s.said['resize']}, the others with {resize}")
     for flag in ("weights", "device", "precision", "batch-size", "workers", "skip-bad"):
         if not folders and getattr(args, flag.replace("-", "_")) not in (None, False):
-            raise FidError(f"--{flag} has no meaning where all sides are .npz files")
+            raise FidError(f"--{flag} has no meaning where all sides are .npz files of statistics")
     if args.floor and real.n < 4:
         raise FidError(f"{real.path}: a floor needs at least 4 images, there are {real.n}")
     for s in sides:
@@ -1377,7 +1421,8 @@ def _measure(side, label, model, args, resize, ranks):
         _say(f"{side.path}: {found.deep} of {side.n} images have 16 bits and were scaled to 8 (others clip them to white)")
     if found.n < 2:
         raise FidError(f"{side.path}: a covariance needs at least 2 images, {found.n} could be read")
-    side.n, side.files, side.features, side.sizes = found.n, found.files, found.features, found.sizes
+    known = dict(zip(side.files, side.files))
+    side.n, side.files, side.features, side.sizes = found.n, [known.get(f, f) for f in found.files], found.features, found.sizes
     if not keep:
         side.statistics = found.moments.result()
 

@@ -3,6 +3,7 @@ import importlib.util
 import itertools
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -978,6 +979,49 @@ def test_bad_statistics_files(fails, tmp_path, monkeypatch, kind, words):
                           "complex": {**good, "mu": np.zeros(4, complex)}, "text_arrays": {**good, "mu": np.array(["a"] * 4)}, "n": {**good, "n": "a"}, "n0": {**good, "n": 0}}[kind])
     np.savez(tmp_path / "good.npz", **good)
     fails(path, tmp_path / "good.npz", weigh=False, words=["bad.npz", words])
+    assert not (tmp_path / "executed").exists()
+
+
+def test_images_in_an_npz_are_scored_as_the_files_are(run, folders, tmp_path, small_model):
+    """As okd_train.py --sample N --npz writes them; in either layout, on either side, beside folders."""
+    arrays = {name: np.stack([fid.read_image(f)[0] for f in fid.find_images(folders / name)[0]]) for name in ("real", "G1", "G2")}
+    for name, a in arrays.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=a if name != "G2" else a.transpose(0, 3, 1, 2), labels=np.zeros(len(a), np.int64), classes=np.array(["a"]))
+    want = json.loads(run(folders / "real", folders / "G1", folders / "G2", "--kid", "--prdc", "--floor", "--copies", tmp_path / "a.png", "--json")[1])
+    got = json.loads(run(tmp_path / "real.npz", folders / "G1", tmp_path / "G2.npz", "--kid", "--prdc", "--floor", "--copies", tmp_path / "b.png", "--json")[1])
+    for entry in want["fakes"] + got["fakes"]:
+        entry.pop("fake"), entry.pop("name")
+    assert [p["distance"] for p in got["closest"]] == [p["distance"] for p in want["closest"]]
+    assert {p["real"].partition("#")[0] for p in got["closest"]} == {str(tmp_path / "real.npz")}
+    for each in (want, got):
+        each.pop("seconds"), each.pop("real"), each.pop("closest")
+    assert got == want and got["n_real"] == 14 and len(got["fakes"]) == 2
+    sheet = [np.asarray(Image.open(tmp_path / f"{x}.png").convert("RGB")).astype(int) for x in "ab"]
+    assert (sheet[0][16:16 + 24, 16:16 + 300] == sheet[1][16:16 + 24, 16:16 + 300]).all()              # the first pair's pictures; names differ
+    np.testing.assert_array_equal(fid.features(tmp_path / "G2.npz", model=small_model), fid.features(folders / "G2", model=small_model))
+    assert run("--save", tmp_path / "real_stats", tmp_path / "real.npz")[0] == 0
+    assert fid.load_array(tmp_path / "real_stats.npz") is None
+    image = fid.load_array(tmp_path / "G1.npz")[3]
+    assert type(pickle.loads(pickle.dumps(image))) is str and {image: 1}[pickle.loads(pickle.dumps(image))] == 1
+
+
+@pytest.mark.parametrize("kind, words", [("float", "uint8"), ("one", "at least 2 images"), ("none", "at least 2 images"), ("grey", "colour|axis 3"), ("pickle", "arr_0 cannot be read"),
+                                         ("cut", "arr_0 cannot be read"), ("bomb", "packed to burst")])
+def test_bad_arrays_of_images(fails, folders, tmp_path, monkeypatch, kind, words):
+    path, good = tmp_path / "bad.npz", np.zeros((4, 8, 8, 3), np.uint8)
+    monkeypatch.setenv("EVIL", str(tmp_path / "executed"))
+    if kind == "bomb":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, z.open("arr_0.npy", "w", force_zip64=True) as f:
+            for _ in range(1025):
+                f.write(bytes(1 << 20))
+    else:
+        np.savez(path, arr_0={"float": good / 2, "one": good[:1], "none": good[:0], "grey": good[..., 0], "pickle": np.array([Evil()] * 4, object), "cut": good}[kind])
+    if kind == "cut":
+        with zipfile.ZipFile(path) as z:
+            data = z.read("arr_0.npy")
+        with zipfile.ZipFile(path, "w") as z:
+            z.writestr("arr_0.npy", data[:-100])
+    assert any(w in fails(folders / "real", path, words=["bad.npz"]) for w in words.split("|") + ["uint8"] * (kind == "grey"))
     assert not (tmp_path / "executed").exists()
 
 
