@@ -3335,6 +3335,11 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")           # file names need not be text
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)       # decode() refuses what this warns of
     try:
+        for name, without in dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1").items():
+            value, world = os.environ.get(name, without), os.environ.get("WORLD_SIZE", "1")
+            if not re.fullmatch("[0-9]{1,9}", value) or not int(value) < int(world) + name.endswith("SIZE") or value == "0" and name.endswith("SIZE"):
+                os.environ.pop("RANK", None)                        # it says who speaks of the error
+                raise UserError(f"the environment has {name}={value!r} and WORLD_SIZE={world!r}; torchrun sets them to fit, without torchrun unset them")
         s, script, named = parse(argv)
         changed = settle(s, script, named)
         alone = [flag for flag in ("check", "benchmark", *PICTURES) if getattr(s, flag)]

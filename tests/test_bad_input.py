@@ -398,6 +398,21 @@ def test_one_line_exit_2_and_nothing_written(script, argv, words, scene, monkeyp
     assert snapshot(scene) == before
 
 
+@pytest.mark.parametrize("env, words", [(dict(WORLD_SIZE="two"), "WORLD_SIZE='two'"), (dict(WORLD_SIZE="0"), "WORLD_SIZE='0'"), (dict(RANK="5"), "RANK='5'"), (dict(WORLD_SIZE="2", RANK="x"), "RANK='x'"),
+                                        (dict(WORLD_SIZE="-1"), "WORLD_SIZE='-1'"), (dict(LOCAL_RANK=""), "LOCAL_RANK=''"), (dict(WORLD_SIZE="2", RANK="2"), "RANK='2'")])
+def test_an_environment_that_no_launcher_sets(env, words, scene, monkeypatch, capsys):
+    before = snapshot(scene)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as e:
+        okd_train.main([*TINY, "--steps", "1", "--out", str(scene / "OUT")])
+    text = capsys.readouterr()
+    assert e.value.code == 2 and text.out == "" and text.err.count("\n") == 1 and words in text.err, text.err
+    assert snapshot(scene) == before
+
+
 @pytest.mark.parametrize("script, argv, words", [
     ("sagan.py", ["--data", "DATA", *TINY, "--loss", "lsgan", "--out", "OUT"], "wgan-gp or hinge"),
     ("acgan.py", ["--data", "DATA/Crack", "--out", "OUT"], "outside class folders"),
