@@ -41,14 +41,14 @@ def vectors(net):
     return {k: v.clone() for k, v in net.named_buffers() if k.endswith(("_u", "_v"))}
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [True, False])
-def test_values_and_gradients_are_those_of_torch(layout, training):
-    a = odd().to(memory_format=layout).train(training)
+def test_values_and_gradients_are_those_of_torch(device, layout, training):
+    a = odd().to(device, memory_format=layout).train(training)
     b, norms = copy.deepcopy(a), SpectralNorms(a)
-    norms = SpectralNorms(a)
     assert len(norms.norms) == 4
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, device=device)
     for step in range(4):
         before = vectors(a)
         with norms():
