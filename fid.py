@@ -666,20 +666,22 @@ def load_array(path):
     try:
         with zipfile.ZipFile(path) as z:
             sizes = {i.filename: (i.file_size, i.compress_size) for i in z.infolist()}
-        if "arr_0.npy" not in sizes or "mu.npy" in sizes:
-            return None
-        whole, packed = sizes["arr_0.npy"]
-        if whole > 1 << 30 and whole > 200 * packed:
-            raise FidError(f"{path}: arr_0 is packed to burst: {packed} bytes that become {whole}")
+    except Exception:                           # load_statistics() says what it is
+        return None
+    if "arr_0.npy" not in sizes or "mu.npy" in sizes:
+        return None
+    whole, packed = sizes["arr_0.npy"]
+    if whole > 1 << 30 and whole > 200 * packed:
+        raise FidError(f"{path}: arr_0 is packed to burst: {packed} bytes that become {whole}")
+    try:
         with np.load(path, allow_pickle=False) as f:
             images = f["arr_0"]
+    except Exception as e:                      # zip, zlib and numpy raise a dozen types for a cut or hostile file
+        raise FidError(f"{path}: arr_0 cannot be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'empty'})") from None
+    try:
         images = _channels_last_array(images)
     except FidError as e:
-        raise e if str(path) in str(e) else FidError(f"{path}: arr_0: {e}") from None
-    except Exception as e:                      # zip, zlib and numpy raise a dozen types for a cut or hostile file
-        if not zipfile.is_zipfile(path):
-            return None                         # load_statistics() says what it is
-        raise FidError(f"{path}: arr_0 cannot be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'empty'})") from None
+        raise FidError(f"{path}: arr_0: {e}") from None
     found = []
     for k, pixels in enumerate(images):
         found.append(ArrayImage(f"{path}#{k}"))

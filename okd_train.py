@@ -2888,7 +2888,8 @@ class Operations(TorchDispatchMode):
         out, packet = f(*args, **(kwargs or {})), f.overloadpacket
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in f._schema.returns)
         if not view and not packet.__name__.startswith(self.IDLE):
-            self.n += {"convolution_backward": lambda: sum(args[10]), "convolution": lambda: 1 + (args[2] is not None)}.get(packet.__name__, lambda: 1)()
+            name = packet.__name__
+            self.n += sum(args[10]) if name == "convolution_backward" else 1 + (name == "convolution" and args[2] is not None)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
@@ -3329,17 +3330,23 @@ def launch(n, argv, device, hint):
         raise SystemExit(failure.exitcode) from None
 
 
+def check_launcher():
+    """Refuse an environment that no launcher sets: sizes run from 1 to WORLD_SIZE, ranks from 0 to one less."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        value, least = os.environ.get(name), int(name.endswith("SIZE"))
+        if value is not None and not (re.fullmatch("[0-9]{1,9}", value) and least <= int(value) < int(world) + least):
+            os.environ.pop("RANK", None)                            # main() reads from it who speaks of an error
+            raise UserError(f"the environment has {name}={value!r} and WORLD_SIZE={world!r}; torchrun sets them to fit, without torchrun unset them")
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")           # file names need not be text
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)       # decode() refuses what this warns of
     try:
-        for name, without in dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1").items():
-            value, world = os.environ.get(name, without), os.environ.get("WORLD_SIZE", "1")
-            if not re.fullmatch("[0-9]{1,9}", value) or not int(value) < int(world) + name.endswith("SIZE") or value == "0" and name.endswith("SIZE"):
-                os.environ.pop("RANK", None)                        # it says who speaks of the error
-                raise UserError(f"the environment has {name}={value!r} and WORLD_SIZE={world!r}; torchrun sets them to fit, without torchrun unset them")
+        check_launcher()
         s, script, named = parse(argv)
         changed = settle(s, script, named)
         alone = [flag for flag in ("check", "benchmark", *PICTURES) if getattr(s, flag)]

@@ -1005,6 +1005,21 @@ def test_images_in_an_npz_are_scored_as_the_files_are(run, folders, tmp_path, sm
     assert type(pickle.loads(pickle.dumps(image))) is str and {image: 1}[pickle.loads(pickle.dumps(image))] == 1
 
 
+def test_images_in_an_npz_keep_their_pixels_when_ranks_share_them(tmp_path, small_model):
+    """Between ranks go names; --copies still finds the pixels."""
+    class Two:
+        get_rank, get_world_size = (lambda self: 0), (lambda self: 2)
+
+        def all_gather_object(self, parts, part):
+            parts[0] = pickle.loads(pickle.dumps(part))
+            parts[1] = {"rows": part["rows"][:0], "files": [], "bad": [], "deep": 0, "sizes": set(), "seen": 0, "error": None}
+    np.savez(tmp_path / "a.npz", arr_0=pictures(4))
+    side = fid._side(tmp_path / "a.npz")
+    args = types.SimpleNamespace(kid=False, prdc=False, floor=False, copies="x.png", batch_size=50, workers=0, skip_bad=False)
+    fid._measure(side, "fake", small_model, args, "torch", Two())
+    assert side.n == 4 and all((fid.read_image(f)[0] == p).all() for f, p in zip(side.files, pictures(4)))
+
+
 @pytest.mark.parametrize("kind, words", [("float", "uint8"), ("one", "at least 2 images"), ("none", "at least 2 images"), ("grey", "colour|axis 3"), ("pickle", "arr_0 cannot be read"),
                                          ("cut", "arr_0 cannot be read"), ("bomb", "packed to burst")])
 def test_bad_arrays_of_images(fails, folders, tmp_path, monkeypatch, kind, words):

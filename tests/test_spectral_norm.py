@@ -151,12 +151,6 @@ def test_a_networks_layers_of_another_dtype_are_left_to_torch():
     assert len(SpectralNorms(net).norms) == 3
 
 
-def count(work):
-    with okd_train.Operations() as seen:
-        work()
-    return seen.n
-
-
 @pytest.mark.parametrize("frozen, ours_at_most, theirs_at_least", [(False, 38, 90), (True, 12, 20)])
 def test_launches(frozen, ours_at_most, theirs_at_least):
     """Of the four layers of a critic: forward and backward while it learns, forward while it is frozen."""
