@@ -668,7 +668,7 @@ def load_array(path):
             sizes = {i.filename: (i.file_size, i.compress_size) for i in z.infolist()}
     except Exception:                           # load_statistics() says what it is
         return None
-    if "arr_0.npy" not in sizes or "mu.npy" in sizes:
+    if "arr_0.npy" not in sizes:
         return None
     whole, packed = sizes["arr_0.npy"]
     if whole > 1 << 30 and whole > 200 * packed:

@@ -81,6 +81,12 @@ def test_work_grows_with_groups_and_batch_alone():
     with okd_train.Operations() as count:
         (a @ b).t().relu()
     assert (count.flops, count.n) == (2 * 3 * 4 * 5, 2)             # a product, an activation; a view is none
+    x, conv = torch.randn(1, 2, 5, 5, requires_grad=True), torch.nn.Conv2d(2, 3, 3)
+    with okd_train.Operations() as forward:
+        y = conv(x)
+    with okd_train.Operations() as backward:
+        y.backward(torch.ones_like(y).detach())
+    assert (forward.n, backward.n) == (2, 1 + 3)                    # a bias is added by itself; ones, and the gradients of image, weight and bias
 
 
 def test_the_comparison_with_the_obvious_loop_runs(root):
