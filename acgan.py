@@ -11,6 +11,9 @@ Train three that teach each other:
 Source: A. Odena et al., Conditional Image Synthesis with Auxiliary Classifier GANs, 2017, with networks for 64x64
 in place of the toy sizes; at 64x64 G has 3.8 M parameters, D and the connector 2.8 M each.
 """
+import sys
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -33,16 +36,11 @@ hparams = dict(
     lambda_gp=10.0,             # only with wgan-gp
     c_aux=1.0,                  # weight of the class part in the connector's loss
 )
+channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
+autocast = True                 # the losses may run under autocast (--precision bf16); the penalty leaves it
 
 
 # ---------------------------------------------------------------------------------------------- networks
-def _levels(image_size):
-    """Number of stride-2 blocks between 4x4 and half the image size: 2, 3 or 4."""
-    if image_size not in (32, 64, 128):
-        raise ValueError(f"image_size is {image_size}; acgan.py is built for 32, 64 and 128")
-    return {32: 2, 64: 3, 128: 4}[image_size]
-
-
 class Generator(nn.Module):
     """z (B, z_dim), y (B,) int64 in [0, n_classes) -> images (B, 3, image_size, image_size) in [-1, 1].
 
@@ -90,9 +88,33 @@ class Discriminator(nn.Module):
         return self.source(h).flatten().float(), self.label(h).float()              # autocast may have made them bf16
 
 
+def _levels(image_size):
+    """Number of stride-2 blocks between 4x4 and half the image size: 2, 3 or 4."""
+    if image_size not in (32, 64, 128):
+        raise ValueError(f"image_size is {image_size}; acgan.py is built for 32, 64 and 128")
+    return {32: 2, 64: 3, 128: 4}[image_size]
+
+
 # ---------------------------------------------------------------------------------------------- losses
-channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
-autocast = True                 # with --precision bf16 the trainer calls these losses under autocast; the penalty leaves it
+def discriminator_loss(D, real, fake, y_real, y_fake, eps=None, loss="bce", lambda_gp=10.0):
+    """Source loss + class loss, 1:1, each summed over real and fake (L_S + L_C of the paper); means over the batch.
+
+    real, fake (B, 3, H, W), fake detached; y_real, y_fake (B,) int64 -> (scalar, logs). eps (B, 1, 1, 1): uniforms for
+    the penalty of wgan-gp.
+    """
+    return _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, 1.0)
+
+
+def connector_loss(C, neighbour, own, y_neighbour, y_own, eps=None, loss="bce", lambda_gp=10.0, c_aux=1.0):
+    """The same with the neighbour's images as real; the labels are those that both generators were asked for."""
+    return _critic_loss(C, neighbour, own, y_neighbour, y_own, eps, loss, lambda_gp, c_aux)
+
+
+def generator_loss(D, fake, y, loss="bce"):
+    """fake (B, 3, H, W) with its graph, y (B,): look real, and like the class that was asked for -> scalar."""
+    source, label = D(fake)
+    look_real = F.binary_cross_entropy_with_logits(source, torch.ones_like(source)) if loss == "bce" else -source.mean()
+    return look_real + F.cross_entropy(label, y)
 
 
 def _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, aux):
@@ -117,28 +139,11 @@ def _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, aux):
     return source + aux * classes, logs
 
 
-def discriminator_loss(D, real, fake, y_real, y_fake, eps=None, loss="bce", lambda_gp=10.0):
-    """Source loss + class loss, 1:1, each summed over real and fake (L_S + L_C of the paper); means over the batch.
-
-    real, fake (B, 3, H, W), fake detached; y_real, y_fake (B,) int64 -> (scalar, logs). eps (B, 1, 1, 1): uniforms for the
-    penalty of wgan-gp.
-    """
-    return _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, 1.0)
-
-
-def connector_loss(C, neighbour, own, y_neighbour, y_own, eps=None, loss="bce", lambda_gp=10.0, c_aux=1.0):
-    """The same with the neighbour's images as real; the labels are those that both generators were asked for."""
-    return _critic_loss(C, neighbour, own, y_neighbour, y_own, eps, loss, lambda_gp, c_aux)
-
-
-def generator_loss(D, fake, y, loss="bce"):
-    """fake (B, 3, H, W) with its graph, y (B,): look real, and like the class that was asked for -> scalar."""
-    source, label = D(fake)
-    look_real = F.binary_cross_entropy_with_logits(source, torch.ones_like(source)) if loss == "bce" else -source.mean()
-    return look_real + F.cross_entropy(label, y)
-
-
 if __name__ == "__main__":
-    import sys
+    here = Path(__file__).resolve()
+    if not here.with_name("okd_train.py").is_file():
+        print(f"{here.name}: error: training needs okd_train.py beside {here.name}", file=sys.stderr)
+        sys.exit(2)
+    sys.path.insert(0, str(here.parent))
     import okd_train
     okd_train.main(["--model", __file__, "--groups", "1", *sys.argv[1:]])

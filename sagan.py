@@ -6,26 +6,22 @@ Train one SAGAN (the baseline of the ring; every flag of okd_train.py works here
 Train three that teach each other:
     torchrun okd_train.py --model sagan --groups 3 --data crops/
 
-Use the networks elsewhere: copy this file. With the folder kernels/ beside it attention is fused on CUDA, without it the
-two lines below do the same.
+Use the networks elsewhere: copy this file. Attention is fused where kernels/attention.py lies beside it, and else the
+same in two lines of torch.
 
 Sources: H. Zhang et al., Self-Attention Generative Adversarial Networks, 2019 (attention, hinge loss, rates);
 I. Gulrajani et al., Improved Training of Wasserstein GANs, 2017 (gradient penalty); T. Miyato et al., Spectral
 Normalization for GANs, 2018. The layer sizes at 64x64 are those of the public PyTorch Self-Attention-GAN that the
 OKD-SAGAN paper builds on: G has 3,832,885 trainable parameters, D and the connector 3,175,299 each.
 """
+import importlib.util
+import sys
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
-
-try:
-    from kernels.attention import self_attention
-except ImportError:
-    def self_attention(q, k, v):
-        """q, k (B, Cq, N), v (B, C, N) -> (B, C, N): softmax over the keys, no scale."""
-        p = torch.softmax(q.transpose(1, 2) @ k, dim=-1)            # (B, N queries, N keys)
-        return (p @ v.transpose(1, 2)).transpose(1, 2)              # p @ v^T: v @ p^T would copy p in its backward
 
 # ---------------------------------------------------------------------------------------------- settings
 # Every key is a flag of the trainer: g_lr -> --g-lr.
@@ -46,50 +42,11 @@ hparams = dict(
     c_penalty="two-sided",      # two-sided | one-sided: one-sided leaves connectors alone where both generators agree
     spectral_norm="both",       # both | g | d | none; d means discriminators and connectors
 )
+channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
+autocast = True                 # the losses may run under autocast (--precision bf16); the penalty leaves it
 
 
 # ---------------------------------------------------------------------------------------------- networks
-class SelfAttention(nn.Module):
-    """x (B, C, H, W) -> gamma * attention(x) + x, every position looking at every other one.
-
-    q and k have C // 8 channels, v has C; no scale 1 / sqrt(d), no pooling. gamma starts at 0, so the layer starts as
-    the identity and earns its influence.
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        self.widths = max(1, channels // 8), max(1, channels // 8), channels
-        self.qkv = nn.Conv2d(channels, sum(self.widths), 1)         # query, key and value side by side: one launch in place of three
-        self.gamma = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x):
-        o = self_attention(*self.project(x))                        # (B, C, H*W)
-        return self.gamma * o.view_as(x) + x
-
-    def project(self, x):
-        """x (B, C, H, W) -> q, k (B, C // 8, H*W), v (B, C, H*W)."""
-        return self.qkv(x).flatten(2).split(self.widths, 1)
-
-    def attention_map(self, x):
-        """x (B, C, H, W) -> (B, H*W, H*W): row j holds where position j looks; rows sum to 1."""
-        q, k, _ = self.project(x)
-        return torch.softmax(q.transpose(1, 2) @ k, dim=-1)
-
-
-def _levels(image_size):
-    """Number of stride-2 blocks between 4x4 and half the image size: 2, 3 or 4."""
-    if image_size not in (32, 64, 128):
-        raise ValueError(f"image_size is {image_size}; sagan.py is built for 32, 64 and 128")
-    return {32: 2, 64: 3, 128: 4}[image_size]
-
-
-def _normed(which, spectral_norm):
-    """The wrapper for a layer of network `which` ("g" or "d") under the setting `spectral_norm`."""
-    if spectral_norm not in ("both", "g", "d", "none"):
-        raise ValueError(f"spectral_norm is {spectral_norm!r}; it is one of both, g, d, none")
-    return torch_spectral_norm if spectral_norm in ("both", which) else lambda layer: layer
-
-
 class Generator(nn.Module):
     """z (B, z_dim) -> images (B, 3, image_size, image_size) in [-1, 1].
 
@@ -132,12 +89,105 @@ class Discriminator(nn.Module):
         self.net = nn.Sequential(*layers, nn.Conv2d(inp, 1, 4))
 
     def forward(self, x):
-        return self.net(x).flatten().float()                        # (B, 1, 1, 1) -> (B,); autocast may have made it bf16
+        return self.net(x).flatten().float()                        # (B, 1, 1, 1) -> (B,); bf16 under autocast
+
+
+class SelfAttention(nn.Module):
+    """x (B, C, H, W) -> gamma * attention(x) + x, every position looking at every other one.
+
+    q and k have C // 8 channels, v has C; no scale 1 / sqrt(d), no pooling. gamma starts at 0, so the layer starts as
+    the identity and earns its influence.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.widths = max(1, channels // 8), max(1, channels // 8), channels
+        self.qkv = nn.Conv2d(channels, sum(self.widths), 1)         # query, key, value in one launch
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        o = self_attention(*self.project(x))                        # (B, C, H*W)
+        return self.gamma * o.view_as(x) + x
+
+    def project(self, x):
+        """x (B, C, H, W) -> q, k (B, C // 8, H*W), v (B, C, H*W)."""
+        return self.qkv(x).flatten(2).split(self.widths, 1)
+
+    def attention_map(self, x):
+        """x (B, C, H, W) -> (B, H*W, H*W): row j holds where position j looks; rows sum to 1."""
+        q, k, _ = self.project(x)
+        return torch.softmax(q.transpose(1, 2) @ k, dim=-1)
+
+
+def eager_attention(q, k, v):
+    """q, k (B, Cq, N), v (B, C, N) -> (B, C, N): softmax over the keys, no scale."""
+    p = torch.softmax(q.transpose(1, 2) @ k, dim=-1)                # (B, N queries, N keys)
+    return (p @ v.transpose(1, 2)).transpose(1, 2)                  # p @ v^T: v @ p^T would copy p in its backward
+
+
+def _best_attention():
+    """That of kernels/attention.py beside this file, whatever else is called kernels; or else the above."""
+    path = Path(__file__).resolve().parent / "kernels" / "attention.py"
+    if not path.is_file():
+        return eager_attention
+    kernels = sys.modules.get("kernels") or importlib.util.find_spec("kernels")                 # found, not run
+    places = getattr(kernels, "__path__", None) or getattr(kernels, "submodule_search_locations", None) or ()
+    if [Path(place).resolve() for place in places][:1] == [path.parent]:
+        return importlib.import_module("kernels.attention").self_attention
+    name = "okd_gan.kernels.attention"                              # a foreign package keeps its own name
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name].self_attention
+
+
+self_attention = _best_attention()
+
+
+def _levels(image_size):
+    """Number of stride-2 blocks between 4x4 and half the image size: 2, 3 or 4."""
+    if image_size not in (32, 64, 128):
+        raise ValueError(f"image_size is {image_size}; sagan.py is built for 32, 64 and 128")
+    return {32: 2, 64: 3, 128: 4}[image_size]
+
+
+def _normed(which, spectral_norm):
+    """The wrapper for a layer of network `which` ("g" or "d") under the setting `spectral_norm`."""
+    if spectral_norm not in ("both", "g", "d", "none"):
+        raise ValueError(f"spectral_norm is {spectral_norm!r}; it is one of both, g, d, none")
+    return torch_spectral_norm if spectral_norm in ("both", which) else lambda layer: layer
 
 
 # ---------------------------------------------------------------------------------------------- losses
-channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
-autocast = True                 # with --precision bf16 the trainer calls these losses under autocast; the penalty leaves it
+def discriminator_loss(D, real, fake, eps=None, lambda_gp=10.0, loss="wgan-gp"):
+    """real, fake (B, 3, H, W), fake detached -> (scalar, {w: E D(real) - E D(fake), grad_norm: mean |grad D|})."""
+    return _critic_loss(D, real, fake, eps, lambda_gp, loss, one_sided=False)
+
+
+def connector_loss(C, neighbour, own, eps=None, lambda_gp=10.0, loss="wgan-gp", c_penalty="two-sided"):
+    """The discriminator's loss with the neighbour's images as real and the group's own as fake; all detached."""
+    if c_penalty not in ("two-sided", "one-sided"):
+        raise ValueError(f"c_penalty is {c_penalty!r}; it is two-sided or one-sided")
+    return _critic_loss(C, neighbour, own, eps, lambda_gp, loss, c_penalty == "one-sided")
+
+
+def generator_loss(D, fake):
+    """fake (B, 3, H, W) with its graph -> scalar. The same for wgan-gp and hinge."""
+    return -D(fake).mean()
+
+
+def _critic_loss(D, real, fake, eps, lambda_gp, loss, one_sided):
+    s = D(torch.cat([real, fake]))                                  # one pass: no layer mixes samples
+    s_real, s_fake = s.split(len(real))
+    w = (s_real - s_fake).mean()
+    logs = {"w": w.detach()}
+    if loss == "hinge":
+        return F.relu(1 - s_real).mean() + F.relu(1 + s_fake).mean(), logs
+    if loss != "wgan-gp":
+        raise ValueError(f"loss is {loss!r}; it is wgan-gp or hinge")
+    penalty, logs["grad_norm"] = gradient_penalty(D, real, fake, eps, one_sided)
+    return lambda_gp * penalty - w, logs
 
 
 def gradient_penalty(D, a, b, eps=None, one_sided=False):
@@ -157,37 +207,11 @@ def gradient_penalty(D, a, b, eps=None, one_sided=False):
     return excess.square().mean(), norm.detach().mean()
 
 
-def _critic_loss(D, real, fake, eps, lambda_gp, loss, one_sided):
-    s = D(torch.cat([real, fake]))                                  # one pass: no layer mixes samples
-    s_real, s_fake = s.split(len(real))
-    w = (s_real - s_fake).mean()
-    logs = {"w": w.detach()}
-    if loss == "hinge":
-        return F.relu(1 - s_real).mean() + F.relu(1 + s_fake).mean(), logs
-    if loss != "wgan-gp":
-        raise ValueError(f"loss is {loss!r}; it is wgan-gp or hinge")
-    penalty, logs["grad_norm"] = gradient_penalty(D, real, fake, eps, one_sided)
-    return lambda_gp * penalty - w, logs
-
-
-def discriminator_loss(D, real, fake, eps=None, lambda_gp=10.0, loss="wgan-gp"):
-    """real, fake (B, 3, H, W), fake detached -> (scalar, {w: E D(real) - E D(fake), grad_norm: mean |grad D|})."""
-    return _critic_loss(D, real, fake, eps, lambda_gp, loss, one_sided=False)
-
-
-def connector_loss(C, neighbour, own, eps=None, lambda_gp=10.0, loss="wgan-gp", c_penalty="two-sided"):
-    """The discriminator's loss with the neighbour's images as real and the group's own as fake; all detached."""
-    if c_penalty not in ("two-sided", "one-sided"):
-        raise ValueError(f"c_penalty is {c_penalty!r}; it is two-sided or one-sided")
-    return _critic_loss(C, neighbour, own, eps, lambda_gp, loss, c_penalty == "one-sided")
-
-
-def generator_loss(D, fake):
-    """fake (B, 3, H, W) with its graph -> scalar. The same for wgan-gp and hinge."""
-    return -D(fake).mean()
-
-
 if __name__ == "__main__":
-    import sys
+    here = Path(__file__).resolve()
+    if not here.with_name("okd_train.py").is_file():
+        print(f"{here.name}: error: training needs okd_train.py beside {here.name}", file=sys.stderr)
+        sys.exit(2)
+    sys.path.insert(0, str(here.parent))
     import okd_train
     okd_train.main(["--model", __file__, "--groups", "1", *sys.argv[1:]])

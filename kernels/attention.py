@@ -1,9 +1,12 @@
-"""Self-attention over positions, fused, with two derivatives (Triton), and its plain PyTorch fallback.
+"""Self-attention over positions, fused, with two derivatives (Triton), and its plain PyTorch form.
 
     from kernels.attention import self_attention
     o = self_attention(q, k, v)          # q, k (B, Cq, N); v (B, C, N) -> o (B, C, N)
 
     python -m kernels.bench_attention    # times it; kernels/README.md holds the tables
+
+This file can be copied alone. It needs PyTorch; without Triton, or without a suitable GPU, the same call is plain
+PyTorch.
 
 Why it exists. A gradient penalty differentiates the critic's input gradient once more, so every layer of
 the critic is differentiated twice. Fused attention has no second derivative anywhere else: it raises there,
@@ -33,9 +36,10 @@ M = A K^T + Q B^T, and Z is linear in X and quadratic in P:
                  gQ = gS K + Z B,   gK = gS^T Q + Z^T A
 
 A row needs only its logsumexp, D, m and u from outside its block, so P is recomputed block by block and memory
-stays O(N). (The logsumexp is kept as largest logit and 1 / sum: rounded as one number it would cost digits of P.) Two families: `small` (N <= 64, see SMALL) holds a whole image's P in one program, one launch per
-derivative; `tiled` (any N) sweeps rows for dQ, gQ, gG and columns for dK, dV, gK, gV. No two programs write
-one address and nothing is summed in an order that varies: equal input gives equal bits.
+stays O(N). (The logsumexp is kept as largest logit and 1 / sum: rounded as one number it would cost digits of P.)
+Two families: `small` (N <= 64, see SMALL) holds a whole image's P in one program, one launch per derivative; `tiled`
+(any N) sweeps rows for dQ, gQ, gG and columns for dK, dV, gK, gV. No two programs write one address and nothing is
+summed in an order that varies: equal input gives equal bits.
 
 The mean of K over the positions shifts every S_ij of a row alike, and so does that of B in M; and in Z K and
 gS K it meets rows that sum to zero. Taking it off first changes nothing on paper and keeps tf32 and bf16 from
@@ -49,27 +53,32 @@ import importlib.util
 import torch
 from torch.autograd import Function
 
-from .reference import attention, attention_cpu
-
+# ---------------------------------------------------------------------------------------------- settings
 TRITON_FROM_N = 256     # "auto" takes Triton from here on: a guess, to be replaced by what bench_attention.py measures
 MAX_CQ = 64             # wider queries would need a loop over Cq too
+FUSED_FROM_N = 256      # on the CPU: below, a matrix is so small that the calls cost more than the products
+# Of one block of attention_blocked. Smaller blocks are a little faster still on idle cores, but where another process
+# shares the cores every parallel region waits for its slowest thread, and small blocks have many regions.
+BLOCK_BYTES = 16 << 20
 
-# Launch tables: kernel -> arithmetic -> (rows a program owns, positions per inner step, channels per step, warps, stages);
-# WIDE replaces a row where Cq > 32. Fixed, not tuned at run time: the same numbers on every run, no stall at the first
-# call, safe under CUDA graph capture. Chosen by compiling for sm_80 and sm_90 with Triton 3.6 and 3.9, and held by tests/test_kernels.py to at
-# most 256 bytes of spills and SHARED_KIB of shared memory; no row has been timed on a GPU yet.
-# "half" is bf16 and fp16. "ieee" has no tensor cores: its products unroll into registers, hence the small blocks.
-TABLE = {
-    "small_forward":         {"tf32": (0, 0, 64, 4, 1), "half": (0, 0, 64, 4, 1), "ieee": (0, 0, 32, 8, 1), "double": (0, 0, 16, 8, 1)},
-    "small_backward":        {"tf32": (0, 0, 32, 8, 1), "half": (0, 0, 64, 8, 1), "ieee": (0, 0, 32, 8, 1), "double": (0, 0, 16, 8, 1)},
-    "small_double_backward": {"tf32": (0, 0, 32, 8, 1), "half": (0, 0, 32, 8, 1), "ieee": (0, 0, 16, 8, 1), "double": (0, 0, 16, 8, 1)},
-    "tiled_forward":         {"tf32": (64, 64, 64, 4, 2), "half": (64, 64, 128, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 4, 1)},
-    "tiled_rows":            {"tf32": (64, 64, 64, 4, 2), "half": (64, 64, 128, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
-    "tiled_columns":         {"tf32": (64, 64, 64, 4, 2), "half": (64, 64, 128, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
-    "tiled_double_q":        {"tf32": (64, 32, 64, 4, 2), "half": (64, 32, 64, 4, 2), "ieee": (32, 16, 32, 8, 1), "double": (16, 16, 16, 8, 1)},
-    "tiled_double_g":        {"tf32": (64, 32, 64, 4, 2), "half": (64, 64, 64, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (32, 32, 32, 8, 1)},
-    "tiled_double_columns":  {"tf32": (64, 32, 64, 4, 1), "half": (64, 32, 64, 4, 2), "ieee": (32, 32, 32, 8, 1), "double": (16, 16, 16, 8, 1)},
-}
+# Launch tables: kernel -> arithmetic -> (rows a program owns, positions per inner step, channels per step, warps,
+# stages); WIDE replaces a row where Cq > 32. Fixed, not tuned at run time: the same numbers on every run, no stall at
+# the first call, safe under CUDA graph capture. Chosen by compiling for sm_80 and sm_90 with Triton 3.6 and 3.9, and
+# held by tests/test_attention.py to at most 256 bytes of spills and SHARED_KIB of shared memory; no row has been timed
+# on a GPU yet. "half" is bf16 and fp16. "ieee" has no tensor cores: its products unroll into registers, hence the small
+# blocks.
+COLUMNS = "tf32", "half", "ieee", "double"
+TABLE = {kernel: dict(zip(COLUMNS, row)) for kernel, row in {
+    "small_forward":         ((0, 0, 64, 4, 1), (0, 0, 64, 4, 1), (0, 0, 32, 8, 1), (0, 0, 16, 8, 1)),
+    "small_backward":        ((0, 0, 32, 8, 1), (0, 0, 64, 8, 1), (0, 0, 32, 8, 1), (0, 0, 16, 8, 1)),
+    "small_double_backward": ((0, 0, 32, 8, 1), (0, 0, 32, 8, 1), (0, 0, 16, 8, 1), (0, 0, 16, 8, 1)),
+    "tiled_forward":         ((64, 64, 64, 4, 2), (64, 64, 128, 4, 2), (32, 32, 32, 8, 1), (32, 32, 32, 4, 1)),
+    "tiled_rows":            ((64, 64, 64, 4, 2), (64, 64, 128, 4, 2), (32, 32, 32, 8, 1), (32, 32, 32, 8, 1)),
+    "tiled_columns":         ((64, 64, 64, 4, 2), (64, 64, 128, 4, 2), (32, 32, 32, 8, 1), (32, 32, 32, 8, 1)),
+    "tiled_double_q":        ((64, 32, 64, 4, 2), (64, 32, 64, 4, 2), (32, 16, 32, 8, 1), (16, 16, 16, 8, 1)),
+    "tiled_double_g":        ((64, 32, 64, 4, 2), (64, 64, 64, 4, 2), (32, 32, 32, 8, 1), (32, 32, 32, 8, 1)),
+    "tiled_double_columns":  ((64, 32, 64, 4, 1), (64, 32, 64, 4, 2), (32, 32, 32, 8, 1), (16, 16, 16, 8, 1)),
+}.items()}
 WIDE = {
     "tiled_rows":            {"tf32": (64, 32, 64, 8, 1)},
     "tiled_double_q":        {"tf32": (32, 32, 32, 8, 1), "half": (32, 32, 64, 8, 1), "ieee": (16, 16, 16, 8, 1)},
@@ -77,12 +86,384 @@ WIDE = {
     "tiled_double_columns":  {"tf32": (32, 32, 32, 8, 1), "half": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1)},
 }
 SHARED_KIB = 99         # what the smallest chips from Ampere on offer one program
-# Largest N, and largest N x Cq (both as padded powers of two), whose double backward the small family does without spilling.
+# Largest N, and largest N x Cq (both as padded powers of two), whose double backward the small family does without
+# spilling.
 SMALL = {"tf32": (64, 2048), "half": (64, 4096), "ieee": (32, 1024), "double": (32, 1024)}
 
-# ---------------------------------------------------------------------------------------------------------------
-# Kernels. They are jitted by _load() at the first launch: importing this file imports no Triton.
 
+# ---------------------------------------------------------------------------------------------- the public function
+def self_attention(q, k, v, *, precision=None, impl="auto"):
+    """o_i = sum_j softmax_j(q_i . k_j) v_j over all positions, without a scale; twice differentiable.
+
+    q, k: (B, Cq, N), v: (B, C, N), of one floating dtype and device, any strides; Cq <= 64 for Triton; B and C may be
+    0. Returns o: (B, C, N) in that dtype. SAGAN (arXiv 1805.08318), eq. 1-2, with the softmax over the keys.
+
+    impl: "triton": fused kernels, O(B N (Cq + C)) memory, on a CUDA device of capability >= 8.0; bit-deterministic,
+            no synchronisation, may be captured in a CUDA graph after one call with the same shapes.
+            Gradients, and gradients through gradients, of q, k, v and of o's own gradient; a third derivative raises.
+          "eager": plain PyTorch with ordinary autograd, O(B N N) memory; any device, any order of derivative.
+          "auto": Triton on CUDA from N = 256 on (a guess until it is measured) where the chip has room for its
+            kernels, else eager.
+          While torch.compile traces, every impl is eager.
+    precision: of the Triton kernels' products in float32: "ieee" (no tensor cores), "tf32", or None, which follows
+          torch.get_float32_matmul_precision(). The other dtypes ignore it, and so does eager, which obeys torch's own
+          setting. Half-precision inputs are multiplied as they are; sums and softmax are in float32.
+
+    Raises ValueError for shapes, dtypes, devices or options that do not fit, RuntimeError if impl="triton" cannot run
+    here. Not supported by "triton": torch.func transforms, forward-mode derivatives, autocast (inputs are used in their
+    own dtype).
+    """
+    _check(q, k, v, precision, impl)
+    if impl == "auto" and not (q.is_cuda and q.shape[2] >= TRITON_FROM_N):
+        impl = "eager"
+    if not v.numel() or torch.compiler.is_compiling():
+        impl = "eager"
+    if impl != "eager":
+        arith = _arithmetic(q, precision)
+        if (why := refusal(q)) is None:
+            q, k, v = _small_offsets(q), _small_offsets(k), _small_offsets(v)
+            return Attention.apply(q, k, v, _is_small(*q.shape[1:], arith), arith)
+        if impl == "triton":
+            raise RuntimeError(f"self_attention: impl='triton' cannot run: {why}")
+    return attention(q, k, v) if q.is_cuda else attention_cpu(q, k, v)
+
+
+def refusal(q):
+    """Why the Triton kernels cannot run inputs like q (B, Cq, N) on its device: words; None if they can."""
+    if not _have_triton():
+        return "the package triton is not installed"
+    if q.shape[1] > MAX_CQ:
+        return f"Cq = {q.shape[1]} is above {MAX_CQ}"
+    if q.is_cuda:
+        if (have := _shared_kib(q.device)) < SHARED_KIB:
+            return (f"it needs a GPU of compute capability 8.0 or newer with {SHARED_KIB} KiB of shared memory, "
+                    f"and this one offers {have}")
+    else:
+        import triton
+        if not triton.knobs.runtime.interpret:
+            return f"it needs a CUDA device (or TRITON_INTERPRET=1), not {q.device}"
+
+
+@functools.cache
+def _have_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _shared_kib(device):
+    """Shared memory that one program may use on this chip; 0 where Triton's kernels cannot run at all."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+
+
+def _check(q, k, v, precision, impl):
+    def said():
+        dtypes = [str(t.dtype).removeprefix("torch.") for t in (q, k, v)]
+        return ", ".join(f"{n} {tuple(t.shape)} {d} {t.device}" for n, t, d in zip("qkv", (q, k, v), dtypes))
+    if not (q.dim() == k.dim() == v.dim() == 3 and q.shape == k.shape and q.shape[::2] == v.shape[::2]
+            and q.shape[1] and q.shape[2]):
+        raise ValueError(f"self_attention: wanted q, k (B, Cq, N) and v (B, C, N) with Cq, N >= 1; got {said()}")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise ValueError(f"self_attention: q, k, v must share dtype and device; got {said()}")
+    if q.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise ValueError(f"self_attention: wanted float32, float64, float16 or bfloat16; got {said()}")
+    if precision not in (None, "ieee", "tf32"):
+        raise ValueError(f"self_attention: precision is 'ieee', 'tf32' or None, not {precision!r}")
+    if impl not in ("auto", "triton", "eager"):
+        raise ValueError(f"self_attention: impl is 'auto', 'triton' or 'eager', not {impl!r}")
+
+
+def _arithmetic(q, precision):
+    """Column of TABLE for q's dtype."""
+    if q.dtype == torch.float64:
+        return "double"
+    if q.dtype != torch.float32:
+        return "half"
+    if precision is None:
+        try:
+            tf32 = torch.get_float32_matmul_precision() != "highest"
+        except RuntimeError:        # raised once the newer per-backend setting was used; then only that one is readable
+            tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return "tf32" if tf32 else "ieee"
+    return precision
+
+
+# ---------------------------------------------------------------------------------------------- in plain PyTorch
+# What the kernels must equal: attention, and its first and second derivatives written out. All make N x N matrices.
+
+def attention(q, k, v):
+    """o (B, C, N) for q, k (B, Cq, N), v (B, C, N); any number of derivatives by autograd.
+
+    P v^T rather than v P^T: the second makes the softmax's backward copy a transposed N x N matrix.
+    """
+    p = torch.softmax(torch.bmm(q.transpose(1, 2), k), -1)                      # (B, N, N)
+    o = torch.bmm(p, v.transpose(1, 2)).transpose(1, 2)                         # (B, C, N), laid out as (B, N, C)
+    return o if v.stride(1) < v.stride(2) else o.contiguous()                   # as v is
+
+
+def first_derivatives(q, k, v, g):
+    """(dq, dk, dv) of sum(o * g); shapes of q, k, v."""
+    p = torch.softmax(q.mT @ k, -1)
+    z = _softmax_map(p, g.mT @ v)
+    return k @ z.mT, q @ z, g @ p
+
+
+def second_derivatives(q, k, v, g, a, b, e):
+    """(gq, gk, gv, gg): derivatives of sum(dq * a) + sum(dk * b) + sum(dv * e) with respect to q, k, v, g."""
+    p = torch.softmax(q.mT @ k, -1)
+    x = g.mT @ v
+    d = (p * x).sum(-1, keepdim=True)
+    z = p * (x - d)
+    m = a.mT @ k + q.mT @ b
+    m = m - (p * m).sum(-1, keepdim=True)
+    w = p * m
+    s = _softmax_map(p, m * (x - d) + g.mT @ e)
+    return k @ s.mT + b @ z.mT, q @ s + a @ z, g @ w, v @ w.mT + e @ p.mT
+
+
+def _softmax_map(p, x):
+    """The softmax's differential, P * (X - <P*X>): its matrix is symmetric, so it serves both directions."""
+    return p * (x - (p * x).sum(-1, keepdim=True))
+
+
+# ---------------------------------------------------------------------------------------------- on the CPU
+# torch multiplies float32 matrices on x86 by MKL, which on an AMD processor stays below AVX-512; oneDNN, which torch's
+# convolutions use, does not, and was about twice as fast (bench_attention). torch.compile reaches it by this operation:
+# x w^T of two matrices.
+try:
+    _linear = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+except AttributeError:
+    _linear = None
+
+
+def attention_cpu(q, k, v):
+    """The quickest form on a CPU: fused in float32 from FUSED_FROM_N positions on, else blocked."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()       # no rule for a Function
+    if _linear is None or traced or q.dtype != torch.float32 or q.shape[2] < FUSED_FROM_N:
+        return attention_blocked(q, k, v)
+    return _Fused.apply(*map(_dense, (q, k, v)))
+
+
+def attention_blocked(q, k, v):
+    """attention by blocks of images, or of rows where one image is larger, of at most BLOCK_BYTES (one row at least).
+
+    For the CPU: a matrix of B x N x N leaves the cache, and the allocator hands its pages back after every use.
+    """
+    B, _, N = q.shape
+    row = N * q.element_size()
+    images, rows = BLOCK_BYTES // (N * row), max(1, BLOCK_BYTES // row)
+    if B <= images:
+        return attention(q, k, v)
+    if images:
+        return torch.cat([attention(*block) for block in zip(q.split(images), k.split(images), v.split(images))])
+    return torch.stack([
+        torch.cat([torch.softmax(x.t() @ b, -1) @ c.t() for x in a.split(rows, 1)]).t()
+        for a, b, c in zip(q.unbind(), k.unbind(), v.unbind())])
+
+
+class _Fused(Function):
+    """Attention image by image, so that its N x N matrices stay in the cache and none is kept for the backward pass.
+
+    A second derivative is autograd's, of the blocked form.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        qt, kt, o = q.mT.contiguous(), k.mT.contiguous(), torch.empty_like(v)
+        for b in range(len(q)):
+            o[b] = _times(_softmax_of_logits(qt[b], kt[b]), v[b]).t()
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(attention_blocked(*leaves), leaves, g, create_graph=True)
+        g = _dense(g)
+        qt, kt, vt, gt = (x.mT.contiguous() for x in (q, k, v, g))
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        for b in range(len(q)):
+            p = _softmax_of_logits(qt[b], kt[b])
+            z = torch._softmax_backward_data(_times(gt[b], vt[b]), p, -1, p.dtype)
+            dq[b], dk[b], dv[b] = _times(k[b], z), _times(q[b], z.t()), _times(g[b], p.t())
+        return dq, dk, dv
+
+
+def _softmax_of_logits(q, k):
+    return torch.softmax(_times(q, k), -1)
+
+
+def _times(x, w):
+    """x (M, K) @ w (N, K)^T -> (M, N)."""
+    return _linear(x, w, None, "none", [], "")
+
+
+def _dense(x):
+    """x (B, M, N) itself or a copy: oneDNN multiplies matrices with gaps number by number, hundreds of times slower."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+class Attention(Function):
+    """First of three chained nodes. Its backward is the forward of the second, so autograd can go on from there."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, small, arith):
+        B, Cq, N = q.shape
+        sizes = B, Cq, v.shape[1], N
+        o = _new(*v.shape, like=v)
+        if small:
+            _launch("small_forward", arith, (q, k, v, o, *_strides(q, k, v)), *sizes)
+            ctx.save_for_backward(q, k, v)
+        else:
+            k0, kp = _centre(k, arith)
+            top, inv = _row(q, arith), _row(q, arith)
+            _launch("tiled_forward", arith, (q, k0, v, o, top, inv, *_strides(q, v)), *sizes)
+            ctx.save_for_backward(q, k, v, o, k0, kp, top, inv)
+        ctx.arith = arith
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, *kept = ctx.saved_tensors
+        if kept:
+            kept[0] = kept[0].detach()      # o carries this node, which the engine would otherwise run once more
+        return *AttentionBackward.apply(q, k, v, g, ctx.arith, *kept), None, None
+
+
+class AttentionBackward(Function):
+    """Second node: (q, k, v, g) -> (dq, dk, dv)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, arith, *kept):
+        B, Cq, N = q.shape
+        sizes = B, Cq, v.shape[1], N
+        g = _small_offsets(g)
+        dq, dk, dv = _new(*q.shape, like=q), _new(*q.shape, like=q), _new(*v.shape, like=v)
+        if kept:
+            o, k0, kp, top, inv = kept
+            d = _row(q, arith)
+            strides = _strides(q, v, g)
+            _launch("tiled_rows", arith, (q, k0, kp, v, g, o, top, inv, d, dq, *strides), *sizes)
+            _launch("tiled_columns", arith, (q, k0, v, g, top, inv, d, dk, dv, *strides), *sizes)
+            ctx.save_for_backward(q, k, v, g, k0, kp, top, inv, d)
+        else:
+            _launch("small_backward", arith, (q, k, v, g, dq, dk, dv, *_strides(q, k, v, g)), *sizes)
+            ctx.save_for_backward(q, k, v, g)
+        ctx.arith, ctx.extra = arith, 1 + len(kept)
+        return dq, dk, dv
+
+    @staticmethod
+    def backward(ctx, a, b, e):
+        return *AttentionDoubleBackward.apply(a, b, e, ctx.arith, *ctx.saved_tensors), *[None] * ctx.extra
+
+
+class AttentionDoubleBackward(Function):
+    """Third node: gradients of (dq, dk, dv) -> gradients of (q, k, v, g). There is no fourth."""
+
+    @staticmethod
+    def forward(ctx, a, b, e, arith, q, k, v, g, *kept):
+        B, Cq, N = q.shape
+        sizes = B, Cq, v.shape[1], N
+        a, b, e = a.contiguous(), b.contiguous(), e.contiguous()
+        gq, gk = _new(*q.shape, like=q), _new(*q.shape, like=q)
+        gv, gg = _new(*v.shape, like=v), _new(*v.shape, like=v)
+        if kept:
+            k0, kp, top, inv, d = kept
+            m, u = _row(q, arith), _row(q, arith)
+            b, bp = _centre(b, arith)
+            strides = _strides(q, v, g)
+            _launch("tiled_double_q", arith, (q, k0, kp, v, g, a, b, bp, e, top, inv, d, m, u, gq, *strides), *sizes)
+            _launch("tiled_double_g", arith, (q, k0, v, a, b, e, top, inv, m, gg, *_strides(q, v)), *sizes)
+            args = q, k0, v, g, a, b, e, top, inv, d, m, u, gk, gv, *strides
+            _launch("tiled_double_columns", arith, args, *sizes)
+        else:
+            args = q, k, v, g, a, b, e, gq, gk, gv, gg, *_strides(q, k, v, g)
+            _launch("small_double_backward", arith, args, *sizes)
+        return gq, gk, gv, gg
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("kernels.attention: a third derivative is not implemented; impl='eager' has it")
+
+
+# ---------------------------------------------------------------------------------------------- launching
+def _launch(name, arith, args, B, Cq, C, N):
+    """Starts kernel `name` with its row of TABLE. args: its tensors, then strides, without the sizes."""
+    _load()
+    rows, step, chunk, warps, stages = (Cq > 32 and WIDE.get(name, {}).get(arith)) or TABLE[name][arith]
+    chunk = min(chunk, _power_of_two(C))
+    chunks = -(-C // chunk)
+    meta = dict(BQ=_power_of_two(Cq), BC=chunk, PREC="tf32" if arith == "tf32" else "ieee",
+                UP=arith == "half" and bool(triton.knobs.runtime.interpret),
+                ACC=tl.float64 if arith == "double" else tl.float32,
+                num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    if name.startswith("small"):
+        grid = (B,)
+        meta.update(BN=_power_of_two(N), RAW=arith == "half")
+    else:
+        meta.update(BI=rows, BJ=step, LOG2E=1.0 if arith in ("ieee", "double") else 1.4426950408889634)
+        grid = (B * -(-N // rows),)
+        if name in ("tiled_rows", "tiled_columns", "tiled_double_q"):
+            meta.update(ONE=chunks == 1)
+        if name in ("tiled_rows", "tiled_double_q"):
+            meta.update(RAW=arith == "half")
+        if name == "tiled_double_q":
+            meta.update(PART=min(32, meta["BQ"]) if arith == "double" else meta["BQ"])
+        if name in ("tiled_forward", "tiled_double_g"):
+            grid += (chunks,)
+        if name == "tiled_double_columns" or name == "tiled_columns" and chunks > 1:
+            grid += (1 + chunks,)
+    _start(name, grid, (*args, Cq, C, N), meta)
+
+
+def _start(name, grid, args, meta):
+    with torch.cuda.device_of(args[0]):
+        globals()[name][grid](*args, **meta)
+
+
+def _centre(x, arith):
+    """x for the logits and x for the products with Z, both contiguous; see _centred."""
+    _load()
+    B, Cq, N = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    meta = dict(BN=1024, ACC=tl.float64 if arith == "double" else tl.float32, num_warps=4, enable_fp_fusion=True)
+    _start("tiled_centre", (B, Cq), (x, y, *x.stride(), Cq, N), meta)
+    return x.contiguous() if arith == "half" else y, y
+
+
+def _strides(*tensors):
+    return [s for t in tensors for s in t.stride()]
+
+
+def _small_offsets(t):
+    """t itself, or a copy where offsets inside one image would overflow the kernels' 32-bit index arithmetic."""
+    reach = (t.shape[1] - 1) * t.stride(1) + (t.shape[2] - 1) * t.stride(2)
+    return t if reach < 2**31 else t.contiguous()
+
+
+def _is_small(Cq, N, arith):
+    n, area = SMALL[arith]
+    return N <= n and _power_of_two(N) * _power_of_two(Cq) <= area
+
+
+def _power_of_two(n):
+    return max(16, 1 << (n - 1).bit_length())       # 16: tl.dot's least width for bf16
+
+
+def _new(*shape, like, dtype=None):
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def _row(q, arith):
+    return _new(q.shape[0], q.shape[2], like=q, dtype=torch.float64 if arith == "double" else torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------- kernels
+# They are jitted by _load() at the first launch: importing this file imports no Triton.
 _KERNELS = []
 
 
@@ -102,56 +483,6 @@ def _load():
 
 
 @_jit
-def _tile(p, r, R, sr, c, C, sc):
-    """p[r, c] as a (len(r), len(c)) tile, 0 outside R x C."""
-    return tl.load(p + r[:, None] * sr + c[None, :] * sc, mask=(r[:, None] < R) & (c[None, :] < C), other=0)
-
-
-@_jit
-def _put(p, x, r, R, sr, c, C, sc):
-    tl.store(p + r[:, None] * sr + c[None, :] * sc, x.to(p.dtype.element_ty), mask=(r[:, None] < R) & (c[None, :] < C))
-
-
-@_jit
-def _dot(a, b, PREC: tl.constexpr, UP: tl.constexpr):
-    if UP:      # Triton's interpreter multiplies the raw bits of bf16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PREC)
-
-
-@_jit
-def _exp(x, LOG2E: tl.constexpr):
-    """e to the x / LOG2E: 2^x, where the factor costs nothing beside the tensor cores' rounding, or e^x (LOG2E = 1)."""
-    if LOG2E == 1:
-        return tl.exp(x)
-    else:
-        return tl.exp2(x)
-
-
-@_jit
-def _centred(x, n, N, RAW: tl.constexpr, ACC: tl.constexpr):
-    """x (c, n) as the logits take it, and less its mean over n. In half precision (RAW) the logits take it as it is:
-    their products are exact, while the difference would be rounded once more."""
-    y = x.to(ACC)
-    y = tl.where(n[None, :] < N, y - (tl.sum(y, 1) / N)[:, None], 0).to(x.dtype)
-    if RAW:
-        return x, y
-    else:
-        return y, y
-
-
-@_jit
-def _small_p(q, k, n, cq, qc, qn, kc, kn, Cq, N, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
-    """One image's Q (i, c), K (c, j) for the logits, K centred for the products with Z, and P (i, j)."""
-    Q = _tile(q, n, N, qn, cq, Cq, qc)
-    K, KC = _centred(_tile(k, cq, Cq, kc, n, N, kn), n, N, RAW, ACC)
-    S = tl.where(n[None, :] < N, _dot(Q, K, PREC, UP).to(ACC), float("-inf"))
-    P = tl.exp(S - tl.max(S, 1)[:, None])
-    return Q, K, KC, P / tl.sum(P, 1)[:, None]
-
-
-@_jit
 def small_forward(q, k, v, o, qb, qc, qn, kb, kc, kn, vb, vc, vn, Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr,
                   BC: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
@@ -166,7 +497,8 @@ def small_forward(q, k, v, o, qb, qc, qn, kb, kc, kn, vb, vc, vn, Cq, C, N, BN: 
 
 @_jit
 def small_backward(q, k, v, g, dq, dk, dv, qb, qc, qn, kb, kc, kn, vb, vc, vn, gb, gc, gn, Cq, C, N, BN: tl.constexpr,
-                   BQ: tl.constexpr, BC: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+                   BQ: tl.constexpr, BC: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
+                   ACC: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     n, cq = tl.arange(0, BN), tl.arange(0, BQ)
     Q, K, KC, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, RAW, PREC, UP, ACC)
@@ -188,8 +520,8 @@ def small_backward(q, k, v, g, dq, dk, dv, qb, qc, qn, kb, kc, kn, vb, vc, vn, g
 
 @_jit
 def small_double_backward(q, k, v, g, a, b_, e, gq, gk, gv, gg, qb, qc, qn, kb, kc, kn, vb, vc, vn, gb, gc, gn,
-                          Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr,
-                          UP: tl.constexpr, ACC: tl.constexpr):
+                          Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, RAW: tl.constexpr,
+                          PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     n, cq = tl.arange(0, BN), tl.arange(0, BQ)
     Q, K, KC, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, RAW, PREC, UP, ACC)
@@ -220,6 +552,29 @@ def small_double_backward(q, k, v, g, a, b_, e, gq, gk, gv, gg, qb, qc, qn, kb, 
         _put(gg + b * C * N, _dot(W, VT, PREC, UP) + _dot(P, ET, PREC, UP), n, N, 1, c, C, N)
         GT = _tile(g + b * gb, n, N, gn, c, C, gc)
         _put(gv + b * C * N, _dot(WT, GT, PREC, UP), n, N, 1, c, C, N)
+
+
+@_jit
+def _small_p(q, k, n, cq, qc, qn, kc, kn, Cq, N, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
+             ACC: tl.constexpr):
+    """One image's Q (i, c), K (c, j) for the logits, K centred for the products with Z, and P (i, j)."""
+    Q = _tile(q, n, N, qn, cq, Cq, qc)
+    K, KC = _centred(_tile(k, cq, Cq, kc, n, N, kn), n, N, RAW, ACC)
+    S = tl.where(n[None, :] < N, _dot(Q, K, PREC, UP).to(ACC), float("-inf"))
+    P = tl.exp(S - tl.max(S, 1)[:, None])
+    return Q, K, KC, P / tl.sum(P, 1)[:, None]
+
+
+@_jit
+def _centred(x, n, N, RAW: tl.constexpr, ACC: tl.constexpr):
+    """x (c, n) as the logits take it, and less its mean over n. In half precision (RAW) the logits take it as it is:
+    their products are exact, while the difference would be rounded once more."""
+    y = x.to(ACC)
+    y = tl.where(n[None, :] < N, y - (tl.sum(y, 1) / N)[:, None], 0).to(x.dtype)
+    if RAW:
+        return x, y
+    else:
+        return y, y
 
 
 @_jit
@@ -270,8 +625,8 @@ def tiled_forward(q, k, v, o, largest, inv, qb, qc, qn, vb, vc, vn, Cq, C, N, LO
 
 @_jit
 def tiled_rows(q, k, kp, v, g, o, top, inv, d, dq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N, LOG2E: tl.constexpr,
-               BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr, RAW: tl.constexpr,
-               PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+               BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr,
+               RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     """D and dQ of BI rows. D = rowsum(G*O) is rounded apart from X; what is left of <P*(X - D)> at the end is
     taken off, or it would weigh as much as eager's whole error."""
     blocks = tl.cdiv(N, BI)
@@ -376,8 +731,9 @@ def tiled_columns(q, k, v, g, top, inv, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, g
 
 @_jit
 def tiled_double_q(q, k, kp, v, g, a, b_, bp, e, top, inv, d, m, u, gq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N,
-                   LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PART: tl.constexpr,
-                   ONE: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+                   LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+                   PART: tl.constexpr, ONE: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
+                   ACC: tl.constexpr):
     """m, u and gQ of BI rows in one sweep: m and u are known only at its end, so what they multiply,
     dQ and P K, is summed beside them and taken off there. Dividing by <P>, 1 but for rounding, makes W's rows sum to
     zero as closely as if P had been normalised by its own sum."""
@@ -406,15 +762,8 @@ def tiled_double_q(q, k, kp, v, g, a, b_, bp, e, top, inv, d, m, u, gq, qb, qc, 
         if PART == BQ:
             S = _dot(Q, K, PREC, UP)
             M = _dot(AT, K, PREC, UP) + _dot(Q, B, PREC, UP)
-        else:                                           # without tensor cores a thread holds whole rows and columns of a product
-            S = tl.zeros((BI, BJ), ACC)
-            M = tl.zeros((BI, BJ), ACC)
-            for c0 in range(0, BQ, PART):
-                c = c0 + tl.arange(0, PART)
-                q_part, k_part = _tile(q, i, N, qn, c, Cq, qc), _tile(k, c, Cq, N, j, N, 1)
-                S += _dot(q_part, k_part, PREC, UP)
-                M += _dot(_tile(a, i, N, 1, c, Cq, N), k_part, PREC, UP)
-                M += _dot(q_part, _tile(b_, c, Cq, N, j, N, 1), PREC, UP)
+        else:
+            S, M = _in_parts(q, k, a, b_, i, j, qc, qn, Cq, N, BI, BJ, BQ, PART, PREC, UP, ACC)
         P = tl.where(j[None, :] < N, _exp(S * LOG2E - L[:, None], LOG2E) * I[:, None], 0)
         if ONE:
             c = tl.arange(0, BC)
@@ -530,248 +879,44 @@ def tiled_double_columns(q, k, v, g, a, b_, e, top, inv, d, m, u, gk, gv, qb, qc
         _put(gv + b * C * N, gV, j, N, 1, c, C, N)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Launching.
-
-def _strides(*tensors):
-    return [s for t in tensors for s in t.stride()]
-
-
-def _small_offsets(t):
-    """t itself, or a copy where offsets inside one image would overflow the kernels' 32-bit index arithmetic."""
-    reach = (t.shape[1] - 1) * t.stride(1) + (t.shape[2] - 1) * t.stride(2)
-    return t if reach < 2**31 else t.contiguous()
-
-
-def _power_of_two(n):
-    return max(16, 1 << (n - 1).bit_length())       # 16: tl.dot's least width for bf16
+@_jit
+def _in_parts(q, k, a, b_, i, j, qc, qn, Cq, N, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr,
+              PART: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+    """S and M (i, j) by PART of the BQ channels: without tensor cores a thread holds whole rows of a product."""
+    S = tl.zeros((BI, BJ), ACC)
+    M = tl.zeros((BI, BJ), ACC)
+    for c0 in range(0, BQ, PART):
+        c = c0 + tl.arange(0, PART)
+        q_part, k_part = _tile(q, i, N, qn, c, Cq, qc), _tile(k, c, Cq, N, j, N, 1)
+        S += _dot(q_part, k_part, PREC, UP)
+        M += _dot(_tile(a, i, N, 1, c, Cq, N), k_part, PREC, UP)
+        M += _dot(q_part, _tile(b_, c, Cq, N, j, N, 1), PREC, UP)
+    return S, M
 
 
-def _is_small(Cq, N, arith):
-    n, area = SMALL[arith]
-    return N <= n and _power_of_two(N) * _power_of_two(Cq) <= area
+@_jit
+def _dot(a, b, PREC: tl.constexpr, UP: tl.constexpr):
+    if UP:      # Triton's interpreter multiplies the raw bits of bf16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PREC)
 
 
-def _start(name, grid, args, meta):
-    with torch.cuda.device_of(args[0]):
-        globals()[name][grid](*args, **meta)
-
-
-def _launch(name, arith, args, B, Cq, C, N):
-    """Starts kernel `name` with its row of TABLE. args: its tensors, then strides, without the sizes."""
-    _load()
-    rows, step, chunk, warps, stages = (Cq > 32 and WIDE.get(name, {}).get(arith)) or TABLE[name][arith]
-    chunk = min(chunk, _power_of_two(C))
-    chunks = -(-C // chunk)
-    meta = dict(BQ=_power_of_two(Cq), BC=chunk, PREC="tf32" if arith == "tf32" else "ieee",
-                UP=arith == "half" and bool(triton.knobs.runtime.interpret),
-                ACC=tl.float64 if arith == "double" else tl.float32, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
-    if name.startswith("small"):
-        grid = (B,)
-        meta.update(BN=_power_of_two(N), RAW=arith == "half")
+@_jit
+def _exp(x, LOG2E: tl.constexpr):
+    """e to the x / LOG2E: 2^x, where the factor costs nothing beside the tensor cores' rounding, or e^x (LOG2E = 1)."""
+    if LOG2E == 1:
+        return tl.exp(x)
     else:
-        meta.update(BI=rows, BJ=step, LOG2E=1.0 if arith in ("ieee", "double") else 1.4426950408889634)
-        grid = (B * -(-N // rows),)
-        if name in ("tiled_rows", "tiled_columns", "tiled_double_q"):
-            meta.update(ONE=chunks == 1)
-        if name in ("tiled_rows", "tiled_double_q"):
-            meta.update(RAW=arith == "half")
-        if name == "tiled_double_q":
-            meta.update(PART=min(32, meta["BQ"]) if arith == "double" else meta["BQ"])
-        if name in ("tiled_forward", "tiled_double_g"):
-            grid += (chunks,)
-        if name == "tiled_double_columns" or name == "tiled_columns" and chunks > 1:
-            grid += (1 + chunks,)
-    _start(name, grid, (*args, Cq, C, N), meta)
+        return tl.exp2(x)
 
 
-def _centre(x, arith):
-    """x for the logits and x for the products with Z, both contiguous; see _centred."""
-    _load()
-    B, Cq, N = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    meta = dict(BN=1024, ACC=tl.float64 if arith == "double" else tl.float32, num_warps=4, enable_fp_fusion=True)
-    _start("tiled_centre", (B, Cq), (x, y, *x.stride(), Cq, N), meta)
-    return x.contiguous() if arith == "half" else y, y
+@_jit
+def _tile(p, r, R, sr, c, C, sc):
+    """p[r, c] as a (len(r), len(c)) tile, 0 outside R x C."""
+    return tl.load(p + r[:, None] * sr + c[None, :] * sc, mask=(r[:, None] < R) & (c[None, :] < C), other=0)
 
 
-def _new(*shape, like, dtype=None):
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-
-
-def _row(q, arith):
-    return _new(q.shape[0], q.shape[2], like=q, dtype=torch.float64 if arith == "double" else torch.float32)
-
-
-class Attention(Function):
-    """First of three chained nodes. Its backward is the forward of the second, so autograd can go on from there."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, small, arith):
-        B, Cq, N = q.shape
-        sizes = B, Cq, v.shape[1], N
-        o = _new(*v.shape, like=v)
-        if small:
-            _launch("small_forward", arith, (q, k, v, o, *_strides(q, k, v)), *sizes)
-            ctx.save_for_backward(q, k, v)
-        else:
-            k0, kp = _centre(k, arith)
-            top, inv = _row(q, arith), _row(q, arith)
-            _launch("tiled_forward", arith, (q, k0, v, o, top, inv, *_strides(q, v)), *sizes)
-            ctx.save_for_backward(q, k, v, o, k0, kp, top, inv)
-        ctx.arith = arith
-        return o
-
-    @staticmethod
-    def backward(ctx, g):
-        q, k, v, *kept = ctx.saved_tensors
-        if kept:
-            kept[0] = kept[0].detach()      # o carries this node: passed on undetached, the engine would run it once more
-        return *AttentionBackward.apply(q, k, v, g, ctx.arith, *kept), None, None
-
-
-class AttentionBackward(Function):
-    """Second node: (q, k, v, g) -> (dq, dk, dv)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, g, arith, *kept):
-        B, Cq, N = q.shape
-        sizes = B, Cq, v.shape[1], N
-        g = _small_offsets(g)
-        dq, dk, dv = _new(*q.shape, like=q), _new(*q.shape, like=q), _new(*v.shape, like=v)
-        if kept:
-            o, k0, kp, top, inv = kept
-            d = _row(q, arith)
-            strides = _strides(q, v, g)
-            _launch("tiled_rows", arith, (q, k0, kp, v, g, o, top, inv, d, dq, *strides), *sizes)
-            _launch("tiled_columns", arith, (q, k0, v, g, top, inv, d, dk, dv, *strides), *sizes)
-            ctx.save_for_backward(q, k, v, g, k0, kp, top, inv, d)
-        else:
-            _launch("small_backward", arith, (q, k, v, g, dq, dk, dv, *_strides(q, k, v, g)), *sizes)
-            ctx.save_for_backward(q, k, v, g)
-        ctx.arith, ctx.extra = arith, 1 + len(kept)
-        return dq, dk, dv
-
-    @staticmethod
-    def backward(ctx, a, b, e):
-        return *AttentionDoubleBackward.apply(a, b, e, ctx.arith, *ctx.saved_tensors), *[None] * ctx.extra
-
-
-class AttentionDoubleBackward(Function):
-    """Third node: gradients of (dq, dk, dv) -> gradients of (q, k, v, g). There is no fourth."""
-
-    @staticmethod
-    def forward(ctx, a, b, e, arith, q, k, v, g, *kept):
-        B, Cq, N = q.shape
-        sizes = B, Cq, v.shape[1], N
-        a, b, e = a.contiguous(), b.contiguous(), e.contiguous()
-        gq, gk = _new(*q.shape, like=q), _new(*q.shape, like=q)
-        gv, gg = _new(*v.shape, like=v), _new(*v.shape, like=v)
-        if kept:
-            k0, kp, top, inv, d = kept
-            m, u = _row(q, arith), _row(q, arith)
-            b, bp = _centre(b, arith)
-            _launch("tiled_double_q", arith, (q, k0, kp, v, g, a, b, bp, e, top, inv, d, m, u, gq, *_strides(q, v, g)), *sizes)
-            _launch("tiled_double_g", arith, (q, k0, v, a, b, e, top, inv, m, gg, *_strides(q, v)), *sizes)
-            _launch("tiled_double_columns", arith, (q, k0, v, g, a, b, e, top, inv, d, m, u, gk, gv, *_strides(q, v, g)), *sizes)
-        else:
-            _launch("small_double_backward", arith, (q, k, v, g, a, b, e, gq, gk, gv, gg, *_strides(q, k, v, g)), *sizes)
-        return gq, gk, gv, gg
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("kernels.attention: a third derivative is not implemented; impl='eager' has it")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The public function.
-
-def _arithmetic(q, precision):
-    """Column of TABLE for q's dtype."""
-    if q.dtype == torch.float64:
-        return "double"
-    if q.dtype != torch.float32:
-        return "half"
-    if precision is None:
-        try:
-            tf32 = torch.get_float32_matmul_precision() != "highest"
-        except RuntimeError:        # raised once the newer per-backend setting was used; then only that one is readable
-            tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        return "tf32" if tf32 else "ieee"
-    return precision
-
-
-@functools.cache
-def _shared_kib(device):
-    """Shared memory that one program may use on this chip; 0 where Triton's kernels cannot run at all."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
-
-
-@functools.cache
-def _have_triton():
-    return importlib.util.find_spec("triton") is not None
-
-
-def _refusal(q):
-    """Why the Triton kernels cannot run these inputs; None if they can."""
-    if not _have_triton():
-        return "the package triton is not installed"
-    if q.shape[1] > MAX_CQ:
-        return f"Cq = {q.shape[1]} is above {MAX_CQ}"
-    if q.is_cuda:
-        if (have := _shared_kib(q.device)) < SHARED_KIB:
-            return f"it needs a GPU of compute capability 8.0 or newer with {SHARED_KIB} KiB of shared memory, and this one offers {have}"
-    else:
-        import triton
-        if not triton.knobs.runtime.interpret:
-            return f"it needs a CUDA device (or TRITON_INTERPRET=1), not {q.device}"
-
-
-def _check(q, k, v, precision, impl):
-    def said():
-        return ", ".join(f"{n} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} {t.device}" for n, t in zip("qkv", (q, k, v)))
-    if not (q.dim() == k.dim() == v.dim() == 3 and q.shape == k.shape and q.shape[::2] == v.shape[::2] and q.shape[1] and q.shape[2]):
-        raise ValueError(f"self_attention: wanted q, k (B, Cq, N) and v (B, C, N) with Cq, N >= 1; got {said()}")
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        raise ValueError(f"self_attention: q, k, v must share dtype and device; got {said()}")
-    if q.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        raise ValueError(f"self_attention: wanted float32, float64, float16 or bfloat16; got {said()}")
-    if precision not in (None, "ieee", "tf32"):
-        raise ValueError(f"self_attention: precision is 'ieee', 'tf32' or None, not {precision!r}")
-    if impl not in ("auto", "triton", "eager"):
-        raise ValueError(f"self_attention: impl is 'auto', 'triton' or 'eager', not {impl!r}")
-
-
-def self_attention(q, k, v, *, precision=None, impl="auto"):
-    """o_i = sum_j softmax_j(q_i . k_j) v_j over all positions, without a scale; twice differentiable.
-
-    q, k: (B, Cq, N), v: (B, C, N), of one floating dtype and device, any strides; Cq <= 64 for Triton. B and C may be 0.
-    Returns o: (B, C, N) in that dtype, contiguous. SAGAN (arXiv 1805.08318), eq. 1-2, with the softmax over the keys.
-
-    impl: "triton": fused kernels, O(B N (Cq + C)) memory, on a CUDA device of capability >= 8.0; bit-deterministic,
-            no synchronisation, may be captured in a CUDA graph after one call with the same shapes.
-            Gradients, and gradients through gradients, of q, k, v and of o's own gradient; a third derivative raises.
-          "eager": plain PyTorch with ordinary autograd, O(B N N) memory; any device, any order of derivative.
-          "auto": Triton on CUDA from N = 256 on (a guess until it is measured) where the chip has room for its
-            kernels, else eager.
-          While torch.compile traces, every impl is eager.
-    precision: of the Triton kernels' products in float32: "ieee" (no tensor cores), "tf32", or None, which follows
-          torch.get_float32_matmul_precision(). The other dtypes, and eager (which obeys torch's own setting), ignore it.
-          Half-precision inputs are multiplied as they are; sums and softmax are in float32.
-
-    Raises ValueError for shapes, dtypes, devices or options that do not fit, RuntimeError if impl="triton" cannot run here.
-    Not supported by "triton": torch.func transforms, forward-mode derivatives, autocast (inputs are used in their own dtype).
-    """
-    _check(q, k, v, precision, impl)
-    if impl == "auto" and not (q.is_cuda and q.shape[2] >= TRITON_FROM_N) or not v.numel() or torch.compiler.is_compiling():
-        impl = "eager"
-    if impl != "eager":
-        arith = _arithmetic(q, precision)
-        if (why := _refusal(q)) is None:
-            q, k, v = _small_offsets(q), _small_offsets(k), _small_offsets(v)
-            return Attention.apply(q, k, v, _is_small(*q.shape[1:], arith), arith)
-        if impl == "triton":
-            raise RuntimeError(f"self_attention: impl='triton' cannot run: {why}")
-    return attention(q, k, v) if q.is_cuda else attention_cpu(q, k, v)
+@_jit
+def _put(p, x, r, R, sr, c, C, sc):
+    tl.store(p + r[:, None] * sr + c[None, :] * sc, x.to(p.dtype.element_ty), mask=(r[:, None] < R) & (c[None, :] < C))

@@ -15,9 +15,29 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def _wanted(node):
-    """Whether the backward pass that is running needs the gradient that goes to `node`, which is no leaf's."""
-    return node is not None and torch._C._will_engine_execute_node(node)
+def fast_second_derivative(net):
+    """Let every nn.Conv2d inside `net` compute by conv2d below, in place; parameters, hooks and state_dict stay.
+
+    Returns net. Left alone: padding by a word or in another mode than zeros, and subclasses with a _conv_forward of
+    their own.
+    """
+    for m in net.modules():
+        usual = getattr(type(m), "_conv_forward", None) is nn.Conv2d._conv_forward
+        if usual and m.padding_mode == "zeros" and not isinstance(m.padding, str):
+            m._conv_forward = lambda x, w, b, m=m: conv2d(x, w, b, m.stride, m.padding, m.dilation, m.groups)
+    return net
+
+
+def conv2d(x, w, b=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+    """torch.nn.functional.conv2d for pairs of int, with quick second derivatives; any order of derivative is exact.
+
+    x (B, Cin, H, W), w (Cout, Cin / groups, kh, kw), b (Cout,) or None -> (B, Cout, H', W'). Without gradients, and
+    under autocast, it is torch's own.
+    """
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return F.conv2d(x, w, b, stride, padding, dilation, groups)
+    # Views, because the engine tells whether a gradient is wanted only of nodes that are no leaves.
+    return _Conv2d.apply(*(t if t is None else t.view_as(t) for t in (x, w, b)), stride, padding, dilation, groups)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -31,37 +51,22 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx, g):
         x, w = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
-        mask = [_wanted(node) for node, _ in ctx.next_functions] + [False]          # without b there are only two
-        apart = mask[0] and torch.is_grad_enabled()                 # dx will be differentiated: a transposed convolution of its own
+        mask = [_wanted(node) for node, _ in ctx.next_functions] + [False]      # without b there are only two
+        apart = mask[0] and torch.is_grad_enabled()             # dx will be differentiated: a convolution of its own
         dx = dw = db = None
         if mask[0] and not apart or mask[1] or mask[2]:
-            dx, dw, db = torch.ops.aten.convolution_backward(g, x, w, [len(w)], stride, padding, dilation, False, [0, 0], groups,
-                                                             [mask[0] and not apart, *mask[1:3]])
+            mask = [mask[0] and not apart, *mask[1:3]]
+            dx, dw, db = torch.ops.aten.convolution_backward(
+                g, x, w, [len(w)], stride, padding, dilation, False, [0, 0], groups, mask)
         if apart:
-            rest = [x.shape[2 + k] - ((g.shape[2 + k] - 1) * stride[k] - 2 * padding[k] + dilation[k] * (w.shape[2 + k] - 1) + 1) for k in (0, 1)]
+            rest = []                                           # rows and columns at the end that a stride left out
+            for k in (0, 1):
+                reach = (g.shape[2 + k] - 1) * stride[k] + dilation[k] * (w.shape[2 + k] - 1) + 1 - 2 * padding[k]
+                rest.append(x.shape[2 + k] - reach)
             dx = F.conv_transpose2d(g, w, None, stride, padding, rest, groups, dilation)
         return dx, dw, db, None, None, None, None
 
 
-def conv2d(x, w, b=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    """torch.nn.functional.conv2d for pairs of int, with quick second derivatives; any order of derivative is exact.
-
-    x (B, Cin, H, W), w (Cout, Cin / groups, kh, kw), b (Cout,) or None -> (B, Cout, H', W'). Without gradients, and under
-    autocast, it is torch's own.
-    """
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return F.conv2d(x, w, b, stride, padding, dilation, groups)
-    # Views, because the engine tells whether a gradient is wanted only of nodes that are no leaves.
-    return _Conv2d.apply(*(t if t is None else t.view_as(t) for t in (x, w, b)), stride, padding, dilation, groups)
-
-
-def fast_second_derivative(net):
-    """Let every nn.Conv2d inside `net` compute by conv2d above, in place; parameters, hooks and state_dict do not change. Returns net.
-
-    Left alone: padding by a word or in another mode than zeros, and subclasses with a _conv_forward of their own.
-    """
-    for m in net.modules():
-        usual = getattr(type(m), "_conv_forward", None) is nn.Conv2d._conv_forward          # no subclass that computes otherwise
-        if usual and m.padding_mode == "zeros" and not isinstance(m.padding, str):
-            m._conv_forward = lambda x, w, b, m=m: conv2d(x, w, b, m.stride, m.padding, m.dilation, m.groups)
-    return net
+def _wanted(node):
+    """Whether the backward pass that is running needs the gradient that goes to `node`, which is no leaf's."""
+    return node is not None and torch._C._will_engine_execute_node(node)

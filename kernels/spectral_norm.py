@@ -2,15 +2,15 @@
 
     from kernels.spectral_norm import SpectralNorms
     norms = SpectralNorms(D)                # of the layers to which torch's parametrization spectral_norm was given
-    with norms():                           # one power iteration, unless D is in eval mode; every use sees the same weights
+    with norms():                           # one power iteration, unless D is in eval mode; all see the same weights
         loss(D).backward()
 
-A critic has four such layers. To learn once and to be looked at once while it is frozen costs it 115 operations by torch's
-code and 50 by this one, and each moves so little that a GPU spends longer on starting it. Here the vectors of all layers are
-the rows of one padded table; only the products with the weights stay apart, and the largest singular value falls off as the
-length of the last one. The iteration is that of T. Miyato et al., Spectral Normalization for GANs, 2018, algorithm 1, in
-torch's order; state_dict, buffers and, up to rounding, values and all derivatives are those of
-torch.nn.utils.parametrizations.spectral_norm, whose own code runs outside.
+A critic has four such layers. To learn once and to be looked at once while it is frozen costs it 115 operations by
+torch's code and 50 by this one, and each moves so little that a GPU spends longer on starting it. Here the vectors of
+all layers are the rows of one padded table; only the products with the weights stay apart, and the largest singular
+value falls off as the length of the last one. The iteration is that of T. Miyato et al., Spectral Normalization for
+GANs, 2018, algorithm 1, in torch's order; state_dict, buffers and, up to rounding, values and all derivatives are those
+of torch.nn.utils.parametrizations.spectral_norm, whose own code runs outside.
 """
 import contextlib
 import functools
@@ -21,60 +21,30 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 
-def _laid_out(w, dim, u, v):
-    """u and v as views whose product has the shape of w and is u along dimension `dim`, v along all others."""
-    u = u[:w.shape[dim]].view([-1 if k == dim else 1 for k in range(w.dim())])
-    return u, v[:w.numel() // w.shape[dim]].view([1 if k == dim else n for k, n in enumerate(w.shape)])
-
-
-def _dot(a, b):
-    """Sum of a * b in one pass; both are read in the order in which b lies in memory."""
-    order = sorted(range(b.dim()), key=b.stride, reverse=True)
-    return torch.dot(a.permute(order).flatten(), b.permute(order).flatten())
-
-
-class _Normed(Function):
-    """weights / sigmas, where sigma_l = u_l^T W_l v_l with u and v held fixed. us, vs: tables with a row per layer, filled up with
-    zeros; dims: the dimension of each weight along which u runs."""
-
-    @staticmethod
-    def forward(ctx, dims, us, vs, sigmas, *weights):
-        ctx.dims = dims
-        ctx.save_for_backward(us, vs, sigmas, *weights)
-        return tuple(w / s for w, s in zip(weights, sigmas.unbind()))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        us, vs, sigmas, *weights = ctx.saved_tensors
-        if torch.is_grad_enabled():                                 # this gradient will be differentiated, and sigma moves with W
-            uvs = [_laid_out(*each) for each in zip(weights, ctx.dims, us, vs)]
-            return *[None] * 4, *[torch.autograd.grad(w / (w * u * v).sum(), w, g, create_graph=True)[0] if w.requires_grad else None
-                                  for w, (u, v), g in zip(weights, uvs, grads)]
-        shares = torch.stack([_dot(g, w) for g, w in zip(grads, weights)]) / sigmas
-        out = []
-        for g, w, dim, s, u, v in zip(grads, weights, ctx.dims, sigmas.unbind(), us * shares[:, None], vs):
-            u, v = _laid_out(w, dim, u, v)
-            out.append(torch.addcmul(g, u, v, value=-1).div_(s))    # (g - <g, W / sigma> u v^T) / sigma
-        return *[None] * 4, *out
-
-
 class SpectralNorms:
-    """The spectrally normed weights of `net`, made together. net: any module. What is parametrized otherwise, or twice, or with several
-    power iterations, is left to torch, whose results are then kept for the length of the context."""
+    """The spectrally normed weights of `net`, made together. net: any module.
+
+    What is parametrized otherwise, or twice, or with several power iterations, is left to torch, whose results are then
+    kept for the length of the context.
+    """
 
     def __init__(self, net):
         self.owners, self.norms, self.made = [], [], None
         for m in net.modules():
             if isinstance(m, parametrize.ParametrizationList) and len(m) == 1 and type(m[0]) is _SpectralNorm:
                 w, first = m.original, self.owners[0].original if self.owners else m.original
-                if w.dim() > 1 and w.is_floating_point() and m[0].n_power_iterations == 1 and (w.dtype, w.device) == (first.dtype, first.device):
+                matrix = w.dim() > 1 and w.is_floating_point() and m[0].n_power_iterations == 1
+                if matrix and (w.dtype, w.device) == (first.dtype, first.device):           # one table holds them all
                     self.owners.append(m)
                     self.norms.append(m[0])
 
     @contextlib.contextmanager
     def __call__(self):
-        """Inside, layer.weight is one tensor, made with those of all layers when the first is asked for; a power iteration moves u and v
-        before, if the parametrization is in training mode. Leave it before the parameters change."""
+        """Inside, layer.weight is one tensor, made with those of all layers when the first is asked for.
+
+        A power iteration moves u and v before, if the parametrization is in training mode. Leave the context before the
+        parameters change.
+        """
         if self.made is not None:                                   # one inside another
             yield
             return
@@ -92,7 +62,8 @@ class SpectralNorms:
     def normed(self, k, weight):
         if k not in self.made:
             alike = [j for j, norm in enumerate(self.norms) if norm.training == self.norms[k].training]
-            self.made.update(zip(alike, self.make([self.norms[j] for j in alike], [self.owners[j].original for j in alike])))
+            weights = [self.owners[j].original for j in alike]
+            self.made.update(zip(alike, self.make([self.norms[j] for j in alike], weights)))
         return self.made[k]
 
     def make(self, norms, weights):
@@ -118,3 +89,46 @@ class SpectralNorms:
                     torch.mv(w, v, out=row[:len(w)])
                 sigmas = (products * us).sum(1)
         return _Normed.apply([p.dim for p in norms], us, vs, sigmas, *weights)
+
+
+class _Normed(Function):
+    """weights / sigmas, where sigma_l = u_l^T W_l v_l with u and v held fixed.
+
+    us, vs: tables with a row per layer, filled up with zeros; dims: the dimension of each weight along which u runs.
+    """
+
+    @staticmethod
+    def forward(ctx, dims, us, vs, sigmas, *weights):
+        ctx.dims = dims
+        ctx.save_for_backward(us, vs, sigmas, *weights)
+        return tuple(w / s for w, s in zip(weights, sigmas.unbind()))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        us, vs, sigmas, *weights = ctx.saved_tensors
+        out = []
+        if torch.is_grad_enabled():                                 # to be differentiated, and sigma moves with W
+            for g, w, dim, u, v in zip(grads, weights, ctx.dims, us, vs):
+                if not w.requires_grad:
+                    out.append(None)
+                    continue
+                u, v = _laid_out(w, dim, u, v)
+                out += torch.autograd.grad(w / (w * u * v).sum(), w, g, create_graph=True)
+            return *[None] * 4, *out
+        shares = torch.stack([_dot(g, w) for g, w in zip(grads, weights)]) / sigmas
+        for g, w, dim, s, u, v in zip(grads, weights, ctx.dims, sigmas.unbind(), us * shares[:, None], vs):
+            u, v = _laid_out(w, dim, u, v)
+            out.append(torch.addcmul(g, u, v, value=-1).div_(s))    # (g - <g, W / sigma> u v^T) / sigma
+        return *[None] * 4, *out
+
+
+def _laid_out(w, dim, u, v):
+    """u and v as views whose product has the shape of w and is u along dimension `dim`, v along all others."""
+    u = u[:w.shape[dim]].view([-1 if k == dim else 1 for k in range(w.dim())])
+    return u, v[:w.numel() // w.shape[dim]].view([1 if k == dim else n for k, n in enumerate(w.shape)])
+
+
+def _dot(a, b):
+    """Sum of a * b in one pass; both are read in the order in which b lies in memory."""
+    order = sorted(range(b.dim()), key=b.stride, reverse=True)
+    return torch.dot(a.permute(order).flatten(), b.permute(order).flatten())

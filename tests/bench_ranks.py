@@ -1,12 +1,12 @@
 """How a step scales over processes on this machine: the same cores as threads of one process, or as processes.
 
-    python tests/bench_ranks.py                                       # full size, 2 and 3 groups, 1 and 2 processes
-    python tests/bench_ranks.py --groups 3 --quick                    # at the size of --quick
+    python tests/bench_ranks.py --groups 2                  # full size, 1 and 2 processes
+    python tests/bench_ranks.py --groups 3 --quick --timed 25
 
-Each row is okd_train.py itself, in turns (A B A B), timed from its log without the first step; cores are shared out as threads.
+Each run is okd_train.py itself, whose flags are all taken, in turns (A B A B), timed from its log without the first
+step; cores are shared out as threads.
 """
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -14,38 +14,50 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bench
+import okd_train
 
 
-def step_seconds(groups, processes, cores, steps, rest):
+def step_seconds(argv, steps, processes):
     """Median seconds of a step, from log.jsonl."""
-    with tempfile.TemporaryDirectory() as tmp:
-        command = [sys.executable, str(ROOT / "okd_train.py"), "--groups", str(groups), "--nproc", str(processes), "--steps", str(steps + 1),
-                   "--log-every", "1", "--sample-every", "100000", "--save-every", "100000", "--out", f"{tmp}/run", *rest]
-        env = dict(os.environ, OMP_NUM_THREADS=str(max(1, cores // processes)))
-        subprocess.run(command, check=True, capture_output=True, env=env)
-        at = [json.loads(line)["seconds"] for line in Path(tmp, "run", "log.jsonl").read_text().splitlines()]
-        return statistics.median(b - a for a, b in zip(at, at[1:]))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        last = ["--nproc", processes, "--steps", steps + 1, "--log-every", 1, "--sample-every", 10 ** 6,
+                "--save-every", 10 ** 6, "--out", out]
+        env = dict(os.environ, OMP_NUM_THREADS=str(threads(processes)))
+        command = [sys.executable, okd_train.__file__, *argv, *map(str, last)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
+        at = [line["seconds"] for line in okd_train.read_lines(out / "log.jsonl")]
+    return statistics.median(b - a for a, b in zip(at, at[1:]))
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--groups", default="2,3")
+def threads(processes):
+    return max(1, okd_train.cores() // processes)
+
+
+def run(argv):
+    p = okd_train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--processes", default="1,2")
-    p.add_argument("--rounds", type=int, default=2)
-    p.add_argument("--steps", type=int, default=3, help="timed steps per run")
-    a, rest = p.parse_known_args()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "?")
-    print(f"{cpu}, {cores} cores; {' '.join(rest) or 'sagan, batch 25, 64x64'}\n{'groups':>6} {'processes':>9} {'threads':>7} {'s/step':>8} {'against 1':>9}")
-    for groups in map(int, a.groups.split(",")):
-        seen = {w: [] for w in map(int, a.processes.split(","))}
-        for _ in range(a.rounds):
-            for w in seen:
-                seen[w].append(step_seconds(groups, w, cores, a.steps, rest))
-        first = next(iter(seen.values()))
-        for w, rows in seen.items():
-            print(f"{groups:6} {w:9} {max(1, cores // w):7} {statistics.median(rows):8.3f} {statistics.median(r / f for r, f in zip(rows, first)):9.3f}", flush=True)
+    p.add_argument("--rounds", type=bench.natural, default=2)
+    p.add_argument("--timed", type=bench.natural, default=3, help="timed steps of a run")
+    own, argv = p.parse_known_args(argv)
+    s, script, _ = okd_train.parse(argv)
+    print(f"{bench.cpu_name()}, {okd_train.cores()} cores; {script.name}, groups {s.groups}; {' '.join(argv)}")
+    print(f"{'processes':>9} {'threads':>7} {'s/step':>8} {'against the first':>17}")
+    seen = {processes: [] for processes in map(int, own.processes.split(","))}
+    for _ in range(own.rounds):
+        for processes, seconds in seen.items():
+            seconds.append(step_seconds(argv, own.timed, processes))
+    first = next(iter(seen.values()))
+    for processes, seconds in seen.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds, first))
+        print(f"{processes:9} {threads(processes):7} {statistics.median(seconds):8.3f} {ratio:17.3f}", flush=True)
+
+
+def main(argv=None):
+    okd_train.guarded("bench_ranks.py", lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -1,36 +1,37 @@
-"""How long one training step takes against the loop that one would write first, what each lever is worth, and how cost grows.
+"""What each lever of the training step is worth, and how its cost grows: tables of tests/README.md.
 
-    python tests/bench_step.py                      # full size, three groups, batch 25: about five minutes on two cores
-    python tests/bench_step.py --steps 50           # on a GPU, where a step takes milliseconds
-    python tests/bench_step.py --levers             # ours against ours without one lever, or with one more: about fifteen minutes
-    python tests/bench_step.py --growth             # groups, batch and image size, by okd_train.py --benchmark --json
-    python tests/bench_step.py --ch 16 --batch-size 10 --steps 5
+    python tests/bench_step.py --rounds 1 --timed 3     # ours less one lever, or with one more: about fifteen minutes
+    python tests/bench_step.py --timed 30               # on a GPU, where a step takes milliseconds: other levers
+    python tests/bench_step.py --variants "ours,-cached,+in place" --rounds 3
+    python tests/bench_step.py --variants obvious,detached      # the loop that one would write first
+    python tests/bench_step.py --growth --timed 1       # groups, batch and image size, by bench.py --json
 
-Every variant runs in a process of its own, in turns (A B C A B C ...), on the same networks, data and losses:
-    obvious    a fresh generator forward for every use, fakes not detached for D and C, D and C not frozen while G learns,
-               eager attention (kernels/reference.py), torch's convolutions, the default allocator
-    detached   the same with fakes detached
-    ours       okd_train's step, with the allocator setting that training uses
-    levers     `ours` less one of them (-name), or with one that was not taken (+name); see LEVERS and GPU_LEVERS below
-Prints median seconds per step, the ratio to ours (pair by pair, median) and the peak resident memory.
+Every variant runs in a process of its own, in turns with ours, on the same networks, data and losses; all flags of
+okd_train.py are taken. bench.py has the instruments, and says what the columns mean.
 """
 import argparse
 import contextlib
-import json
-import resource
-import statistics
-import subprocess
+import functools
+import math
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bench
+import okd_train
+
+WHOLE = {
+    "obvious": "a fresh generator forward for every use, fakes not detached, critics not frozen, torch alone",
+    "detached": "the same with fakes detached",
+}
 LEVERS = {
     "-allocator": "freed memory goes back to the system after every use (glibc's default)",
     "-convolution": "torch's second derivative of a convolution (no kernels/convolution.py)",
     "-one pass": "D scores real and fake in two passes",
-    "-freezing": "D and C not frozen while G learns; backward(inputs=...) leaves their weight gradients out all the same",
+    "-freezing": "D and C not frozen while G learns; backward(inputs=...) still leaves their weight gradients out",
     "-one forward": "three generator passes a group and step in place of one",
     "-cached": "a power iteration of the spectral norm at every use of a weight",
     "-fused adam": "torch's default Adam on the CPU, a loop over tensors",
@@ -54,170 +55,150 @@ GPU_LEVERS = {
     "+cudnn benchmark": "cuDNN tries its algorithms out and takes the fastest",
     "+fp32": "--precision fp32",
 }
+# One setting at a time away from the first row: groups, batch, image size.
+GROWTH = ((3, 25, 64), (1, 25, 64), (2, 25, 64), (6, 25, 64), (3, 5, 64), (3, 64, 64), (3, 256, 64), (3, 25, 128))
 
 
-def obvious_step(t, detach):
-    """The step as it is usually written, on okd_train's networks and optimisers. Groups update one after the other."""
-    s = t.s
-    t.given.put(t.inputs(t.step_count))
-    d = t.given.plan[0]
-    labels = (d["y"],) if t.conditional else ()
-    f, extra = t.script, t.names
-    out = (lambda x: x.detach()) if detach else (lambda x: x)
-    nets = {g.i: {role: n.net for role, n in g.nets.items()} for g in t.groups}
-    value = lambda loss: loss[0] if isinstance(loss, tuple) else loss
-    for g in t.groups:
-        own, following = nets[g.i], nets[g.i % s.groups + 1]
-        real = t.data.batch(d["idx", g.i], None)
-        y_real = (t.data.labels[d["idx", g.i]],) if t.conditional else ()
-        fake = out(own["G"](d["z"], *labels))
-        g.nets["D"].opt.zero_grad()
-        eps = {"eps": d["D", g.i]} if t.takes_eps["D"] else {}
-        value(f.discriminator_loss(own["D"], real, fake, *y_real, *labels, **extra["D"], **eps)).backward()
-        g.nets["D"].opt.step()
-        if "C" in own:
-            fake, neighbour = out(own["G"](d["z"], *labels)), out(following["G"](d["z"], *labels))
-            g.nets["C"].opt.zero_grad()
-            eps = {"eps": d["C", g.i]} if t.takes_eps["C"] else {}
-            value(f.connector_loss(own["C"], neighbour, fake, *labels, *labels, **extra["C"], **eps)).backward()
-            g.nets["C"].opt.step()
-        fake = own["G"](d["z"], *labels)
-        g.nets["G"].opt.zero_grad()
-        loss = value(f.generator_loss(own["D"], fake, *labels, **extra["G"]))
-        if "C" in own:
-            loss = loss + s.rho * value(f.generator_loss(own["C"], fake, *labels, **extra["G"]))
-        loss.backward()
-        g.nets["G"].opt.step()
-        g.average(d["pace"])
-    t.step_count += 1
-
-
-def take(variant, t, module):
-    """Change the trainer t (and the model script's module globals) by one lever; returns the step to time."""
-    import okd_train
-    import torch
-    from kernels import reference
-    own, cuda = module.get("self_attention"), t.device.type == "cuda"
-    large = lambda f: lambda q, k, v: f(q, k, v) if q.shape[2] >= 1024 and not k.shape[1] > 16 else own(q, k, v)        # G's, never penalised
-    if variant in ("obvious", "detached"):
-        module["self_attention"] = reference.attention
-        return lambda: obvious_step(t, variant == "detached")
-    if variant == "-one pass":
-        cat = torch.cat
-        f = module["_critic_loss"]
-
-        def two_passes(D, real, fake, *a, **k):
-            class Apart:
-                def __call__(self, x):
-                    return cat([D(real), D(fake)]) if len(x) == 2 * len(real) else D(x)
-            return f(Apart(), real, fake, *a, **k)
-        module["_critic_loss"] = two_passes
-    if variant == "-freezing":
-        for g in t.groups:
-            for role in "DC":
-                g.nets[role].frozen = contextlib.nullcontext
-    if variant == "-one forward":
-        generate = t.generate
-        t.generate = lambda g, d, n: [generate(g, d, n) for _ in range(3)][-1]
-    if variant == "-cached":
-        for n in (n for g in t.groups for n in g.nets.values()):
-            n.normed = contextlib.nullcontext
-    if variant == "-fused adam":
-        for g in t.groups:
-            for n in g.nets.values():
-                n.opt.param_groups[0].update(dict(fused=False, foreach=True) if cuda else dict(fused=False, foreach=False, lr=float(n.opt.param_groups[0]["lr"])))
-    if variant == "-lanes":
-        class OneStream(okd_train.Lanes):
-            def __call__(self, *name, after=()):
-                return contextlib.nullcontext()
-        t.lanes = OneStream()
-    if variant == "+all triton":
-        sys.modules["kernels.attention"].TRITON_FROM_N = 1
-    if variant == "+cudnn benchmark":
-        torch.backends.cudnn.benchmark = True
-    if variant in ("-blocks", "-triton"):
-        module["self_attention"] = reference.attention
-    if variant == "-fused attention":
-        reference.FUSED_FROM_N = float("inf")
-    if variant == "+in place":
-        for m in (m for g in t.groups for n in g.nets.values() for m in n.net.modules() if hasattr(m, "inplace")):
-            m.inplace = True
-    if variant == "+padded SDPA":
-        def padded(q, k, v):
-            q, k = (torch.nn.functional.pad(x.mT, (0, v.shape[1] - x.shape[1])).unsqueeze(1) for x in (q, k))
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v.mT.unsqueeze(1), scale=1.0)[:, 0].mT
-        module["self_attention"] = large(padded)
-    return t.step
-
-
-def child(variant, steps, argv):
-    import torch
-    import okd_train
-    if variant not in ("obvious", "detached", "-allocator"):
-        okd_train.keep_freed_memory()
-    if variant in ("-channels last", "obvious", "detached"):
-        okd_train.Script.layout = lambda script, device: torch.contiguous_format
-    if variant == "+channels last":
-        okd_train.Script.layout = lambda script, device: torch.channels_last
-    if variant.endswith("norms together"):
-        okd_train.NORMS_TOGETHER = {"cpu"} if variant[0] == "+" else set()
-    if variant == "-convolution" or variant in ("obvious", "detached"):
-        okd_train.fast_second_derivative = None
-    s, script, named = okd_train.parse(argv + {"+bf16": ["--precision", "bf16"], "+fp32": ["--precision", "fp32"], "-graph": ["--cuda-graph", "off"]}.get(variant, []))
-    okd_train.settle(s, script, named)
-    images, labels, classes = okd_train.synthetic_images(s.image_size, script.conditional)
-    s.n_classes = len(classes)
+def time_variant(name, s, script, n):
+    """Time "ours" with one lever changed, or one of WHOLE, in a process of its own."""
+    s.precision = {"+bf16": "bf16", "+fp32": "fp32"}.get(name, s.precision)
+    s.cuda_graph = {"-graph": "off"}.get(name, s.cuda_graph)
     device = okd_train.pick_device(s.device)
     okd_train.set_precision(s, device)
-    t = okd_train.Trainer(script, s, okd_train.Data(images, labels, classes, s, device), device)
-    step = take(variant, t, script.Generator.forward.__globals__)
-    for _ in range(okd_train.WARM_UP + 2 if device.type == "cuda" else 1):
-        step()
-    print(statistics.median(okd_train.Clock(device).pace(step, steps)), torch.cuda.max_memory_allocated() / 1024 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if name in WHOLE:
+        bench.use_torch_alone(script)
+    elif name != "-allocator":
+        okd_train.keep_freed_memory()
+    before_networks(name, script)
+    trainer = bench.make_trainer(s, script, device)
+    if name in WHOLE:
+        step = functools.partial(bench.obvious_step, trainer, detach=name == "detached")
+    else:
+        change_networks(name, trainer)
+        change_calls(name, trainer, script.Generator.forward.__globals__)
+        step = trainer.step
+    bench.print_variant(device, step, n)
 
 
-def growth(rest, steps):
-    """One setting at a time away from three groups, batch 25, 64x64."""
-    print(f"{'groups':>6} {'batch':>6} {'size':>5} {'s/step':>9} {'img/s':>8} {'GFLOP':>8} {'peak GB':>8} {'of the floor':>12} {'per group and image, against the first row':>43}")
+def before_networks(name, script):
+    """Levers that act while networks are made."""
+    if name == "-convolution":
+        bench.use_torch_convolutions()
+    if name == "-channels last":
+        script.channels_last = False
+    if name == "+channels last":
+        script.layout = lambda device: torch.channels_last
+    if name.endswith("norms together"):
+        okd_train.NORMS_TOGETHER = {"cpu"} if name[0] == "+" else set()
+    if name == "+cudnn benchmark":
+        torch.backends.cudnn.benchmark = True
+
+
+def change_networks(name, t):
+    """Levers that act on the networks of the trainer t."""
+    for n in (n for g in t.groups for n in g.nets.values()):
+        if name == "-cached":
+            n.normed = contextlib.nullcontext
+        if name == "-fused adam":
+            rate = n.opt.param_groups[0]["lr"]
+            own = {"foreach": True} if t.device.type == "cuda" else {"foreach": False, "lr": float(rate)}
+            n.opt.param_groups[0].update(fused=False, **own)
+        for m in n.net.modules() if name == "+in place" else ():
+            if hasattr(m, "inplace"):
+                m.inplace = True
+    for n in (g.nets[role] for g in t.groups for role in "DC" if role in g.nets):
+        if name == "-freezing":
+            n.frozen = contextlib.nullcontext
+
+
+def change_calls(name, t, module):
+    """Levers that act on what the step calls; module: the globals of the model script."""
+    attention = okd_train.kernel("attention")
+    if name == "-one pass":
+        module["_critic_loss"] = functools.partial(in_two_passes, module["_critic_loss"])
+    if name == "-one forward":
+        generate = t.generate
+        t.generate = lambda g, sub: [generate(g, sub) for _ in range(3)][-1]
+    if name == "-lanes":
+        t.graph.lanes = one_stream(t.device.type == "cuda")
+    if name == "+all triton":
+        attention.TRITON_FROM_N = 1
+    if name in ("-blocks", "-triton"):
+        module["self_attention"] = attention.attention
+    if name == "-fused attention":
+        attention.FUSED_FROM_N = math.inf
+    if name == "+padded SDPA":
+        module["self_attention"] = functools.partial(padded_sdpa, module["self_attention"])
+
+
+def in_two_passes(loss, D, real, fake, *args, **more):
+    """A loss that scores torch.cat([real, fake]), with a pass for each."""
+    def apart(x):
+        return torch.cat([D(half) for half in x.split(len(real))]) if len(x) == 2 * len(real) else D(x)
+    return loss(apart, real, fake, *args, **more)
+
+
+def padded_sdpa(own, q, k, v):
+    """The generator's attention, which is never penalised, by torch's; any other by `own`."""
+    if q.shape[2] < 1024 or k.shape[1] > 16:
+        return own(q, k, v)
+    missing = v.shape[1] - q.shape[1]
+    q, k = (torch.nn.functional.pad(x.mT, (0, missing)).unsqueeze(1) for x in (q, k))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v.mT.unsqueeze(1), scale=1.0)[:, 0].mT
+
+
+def one_stream(cuda):
+    class OneStream(okd_train.kernel("cuda_graph").Lanes):
+        def __call__(self, name, after=()):
+            return contextlib.nullcontext()
+    return OneStream(cuda)
+
+
+def growth(argv):
+    """Print a row for each of GROWTH, measured in a process of its own."""
+    head = ("groups", "batch", "size", "s/step", "img/s", "GFLOP", "peak GB", "of the floor", "per group and image")
+    widths = (6, 6, 5, 9, 8, 8, 8, 12, 20)
+    print(" ".join(f"{word:>{width}}" for word, width in zip(head, widths)), flush=True)
     first = None
-    for groups, batch, size in [(3, 25, 64), (1, 25, 64), (2, 25, 64), (6, 25, 64), (3, 5, 64), (3, 64, 64), (3, 256, 64), (3, 25, 128)]:
-        command = [sys.executable, str(ROOT / "okd_train.py"), "--benchmark", str(steps), "--json", "--groups", str(groups), "--batch-size", str(batch), "--image-size", str(size), *rest]
-        r = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    for groups, batch, size in GROWTH:
+        sizes = ["--groups", str(groups), "--batch-size", str(batch), "--image-size", str(size)]
+        r = bench.result([bench.__file__, *argv, "--json", *sizes])
         each = r["step_seconds"] / groups / batch
         first = first or each
-        print(f"{groups:6} {batch:6} {size:5} {r['step_seconds']:9.4f} {r['images_per_second']:8.1f} {r['flops_per_step'] / 1e9:8.0f} {r['peak_memory_bytes'] / 1e9:8.2f} {r['floor_share']:12.0%} {each / first:43.2f}", flush=True)
-    print(f"{r['device']}, torch {r['torch']}, {r['precision']}, {r['date']}")
+        values = (groups, batch, size, f"{r['step_seconds']:.4f}", f"{r['images_per_second']:.1f}",
+                  f"{r['flops_per_step'] / 1e9:.0f}", f"{(r['peak_memory_bytes'] or math.nan) / 1e9:.2f}",
+                  f"{r['floor_share']:.0%}", f"{each / first:.2f}")
+        print(" ".join(f"{value:>{width}}" for value, width in zip(values, widths)), flush=True)
+    print(f"Last column: seconds per group and image against the first row. {r['device']}, torch {r['torch']}, "
+          f"{r['precision']}, {r['date']}")
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--variants", default="obvious,detached,ours")
-    p.add_argument("--levers", action="store_true", help="compare ours with ours without or with each of LEVERS")
-    p.add_argument("--growth", action="store_true", help="the table of groups, batch and image size")
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--steps", type=int, default=2, help="timed steps per process, after one to warm up")
-    p.add_argument("--child", help=argparse.SUPPRESS)
-    a, rest = p.parse_known_args()
-    if a.child:
-        return child(a.child, a.steps, rest)
-    import torch
-    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "?")
-    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}; {' '.join(rest) or 'sagan, 3 groups, batch 25, 64x64'}", flush=True)
-    if a.growth:
-        return growth(rest, a.steps)
-    levers = GPU_LEVERS if torch.cuda.is_available() and "cpu" not in rest else LEVERS
-    seen = {v: [] for v in (["ours", *levers] if a.levers else a.variants.split(","))}
-    print(f"{'variant':15} {'s/step':>8} {'ours/it':>8} {'peak GB':>8}", flush=True)
-    printed = set()
-    for _ in range(a.rounds):
-        for v in seen:
-            out = subprocess.run([sys.executable, __file__, f"--child={v}", "--steps", str(a.steps), *rest], check=True, capture_output=True, text=True).stdout
-            seen[v].append(tuple(map(float, out.split())))
-            ready = [w for w, rows in seen.items() if len(rows) == a.rounds and w not in printed and len(seen.get("ours", rows)) == a.rounds]
-            for w in ready:                                         # as soon as they can be, for who must stop early
-                ratio = statistics.median(o[0] / r[0] for o, r in zip(seen["ours"], seen[w])) if "ours" in seen else float("nan")
-                print(f"{w:15} {statistics.median(r[0] for r in seen[w]):8.3f} {ratio:8.3f} {max(r[1] for r in seen[w]) / 1e6:8.2f}  {levers.get(w, '')}", flush=True)
-            printed.update(ready)
+def own_flags(p):
+    p.add_argument("--variants", metavar="A,B", help="some of the levers (default all of this device)")
+    p.add_argument("--growth", action="store_true", help="the table of groups, batch and image sizes")
+    p.add_argument("--rounds", type=bench.natural, default=2, metavar="K", help="turns (default 2)")
+    p.add_argument("--timed", type=bench.natural, default=10, metavar="K", help="timed steps a turn (default 10)")
+    p.add_argument("--variant", help=argparse.SUPPRESS)             # one process of a turn
+
+
+def run(argv):
+    s, script, named = okd_train.parse(argv, "bench_step.py", __doc__, own_flags)
+    okd_train.settle(s, script, named)
+    levers = GPU_LEVERS if torch.cuda.is_available() and s.device != "cpu" else LEVERS
+    names = s.variants.split(",") if s.variants else list(levers)
+    about = {"ours": "", **WHOLE, **levers}
+    if unknown := [name for name in names if name not in about]:
+        raise okd_train.UserError(f"--variants: no {', '.join(map(repr, unknown))}; there are {', '.join(about)}")
+    if s.variant:
+        time_variant(s.variant, s, script, s.timed)
+    elif s.growth:
+        growth([a for a in argv if a != "--growth"])
+    else:
+        bench.compare(names, s.rounds, [__file__, *argv], about)
+
+
+def main(argv=None):
+    okd_train.guarded("bench_step.py", lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared by all tests: the scripts are importable, Triton is interpreted where no GPU is, GPU tests skip with a reason."""
+"""For all tests: the scripts are importable, Triton is interpreted where no GPU is, GPU tests skip with a reason."""
 import os
 import sys
 from pathlib import Path

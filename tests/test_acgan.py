@@ -1,11 +1,13 @@
-"""acgan.py: sizes, and its losses on numbers worked out by hand."""
+"""acgan.py: sizes, its losses on numbers worked out by hand; it works alone."""
 import math
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
 import acgan
+from test_sagan import ROOT, check_main, decoys, python  # noqa: F401 (a fixture)
 
 
 def test_sizes():
@@ -62,7 +64,8 @@ def test_losses_on_hand_numbers():
     assert loss.item() == pytest.approx(source + classes, rel=1e-6)
     assert logs["w"].item() == pytest.approx(1.0) and logs["accuracy"].item() == 0.5
     assert logs["class_loss"].item() == pytest.approx(classes, rel=1e-6)
-    assert acgan.connector_loss(Told(), real, fake, y_real, y_fake, c_aux=0.25)[0].item() == pytest.approx(source + classes / 4, rel=1e-6)
+    loss, _ = acgan.connector_loss(Told(), real, fake, y_real, y_fake, c_aux=0.25)
+    assert loss.item() == pytest.approx(source + classes / 4, rel=1e-6)
     want = (softplus(1) + softplus(-1)) / 2 + (softplus(-3) + math.log(2)) / 2
     assert acgan.generator_loss(Told(), fake, y_fake).item() == pytest.approx(want, rel=1e-6)
 
@@ -82,3 +85,22 @@ def test_wgan_gp_penalises_the_source_and_never_the_class_head():
     assert with_gp[1]["w"].item() == pytest.approx(s_real - s_fake, abs=1e-6)
     assert acgan.generator_loss(D, fake, y, loss="wgan-gp").item() == pytest.approx(
         -s_fake + nn.functional.cross_entropy(D(fake)[1], y).item(), rel=1e-5)
+
+
+def test_copied_alone(tmp_path, decoys):  # noqa: F811
+    """Its networks run and learn; its command says that it needs the trainer."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    shutil.copy(ROOT / "acgan.py", folder)
+    out = python(folder, "-c", """
+import torch, acgan
+y = torch.tensor([0, 1, 2])
+G, D = acgan.Generator(image_size=32, n_classes=3, ch=4), acgan.Discriminator(image_size=32, n_classes=3, ch=4)
+fake = G(torch.randn(3, 128), y)
+acgan.generator_loss(D, fake, y).backward()
+loss, logs = acgan.discriminator_loss(D, torch.rand(3, 3, 32, 32), fake.detach(), y, y)
+loss.backward()
+assert all(p.grad.abs().sum() > 0 for p in (G.embed.weight, D.source.weight, D.label.weight)) and "accuracy" in logs
+""", path=decoys)
+    assert out.returncode == 0, out.stderr
+    check_main(folder, "acgan.py", decoys)

@@ -1,5 +1,6 @@
-"""kernels/convolution.py: torch's values and derivatives, by the kernels that it is there for."""
+"""kernels/convolution.py: torch's values and derivatives, by the kernels that it is there for; it works alone."""
 import copy
+import shutil
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import okd_train
 import sagan
 from kernels.convolution import conv2d, fast_second_derivative
+from test_sagan import ROOT, python
 
 SHAPES = [  # Cin, Cout, size, kernel, stride, padding, dilation, groups
-    (3, 4, (8, 8), 4, 2, 1, 1, 1), (4, 2, (7, 9), 3, 1, 1, 1, 2), (2, 3, (9, 8), 3, 2, 0, 1, 1), (4, 4, (9, 9), 3, 2, 2, 2, 4), (2, 5, (4, 4), 4, 1, 0, 1, 1), (3, 2, (5, 6), 1, 1, 0, 1, 1)]
+    (3, 4, (8, 8), 4, 2, 1, 1, 1), (4, 2, (7, 9), 3, 1, 1, 1, 2), (2, 3, (9, 8), 3, 2, 0, 1, 1),
+    (4, 4, (9, 9), 3, 2, 2, 2, 4), (2, 5, (4, 4), 4, 1, 0, 1, 1), (3, 2, (5, 6), 1, 1, 0, 1, 1)]
 
 
 @pytest.mark.parametrize("cin, cout, size, k, stride, padding, dilation, groups", SHAPES)
@@ -53,13 +56,16 @@ class Count(TorchDispatchMode):
 
 def test_the_penalty_uses_weight_gradients_and_no_convolution_with_filters_of_image_size():
     def run(net):
+        a, b = torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32)
         with Count() as count:
-            sagan.gradient_penalty(net, torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32), torch.rand(2, 1, 1, 1))[0].backward(inputs=list(net.parameters()))
+            penalty, _ = sagan.gradient_penalty(net, a, b, torch.rand(2, 1, 1, 1))
+            penalty.backward(inputs=list(net.parameters()))
         return count.seen
     D = sagan.Discriminator(image_size=32, ch=4, spectral_norm="none")
     seen, usual = run(fast_second_derivative(copy.deepcopy(D))), run(D)
     assert max(k for _, k in seen) == (4, 4) and max(k for _, k in usual) > (4, 4)
-    assert len(seen) <= len(usual) and sum(what == "dw" for what, _ in seen) > sum(what == "dw" for what, _ in usual)
+    weights, usual_weights = ([what for what, _ in each].count("dw") for each in (seen, usual))
+    assert len(seen) <= len(usual) and weights > usual_weights
 
 
 @pytest.mark.parametrize("wanted", ["x", "w"])
@@ -86,7 +92,9 @@ def test_what_is_replaced_and_what_is_left_alone():
     class Own(nn.Conv2d):
         def _conv_forward(self, x, w, b):
             return super()._conv_forward(x, 2 * w, b)
-    net = fast_second_derivative(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding="same"), nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), Own(2, 2, 1)))
+    net = fast_second_derivative(nn.Sequential(
+        nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding="same"),
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), Own(2, 2, 1)))
     assert ["_conv_forward" in vars(m) for m in net] == [True, False, False, False]
     x = torch.randn(1, 2, 5, 5, requires_grad=True)
     assert type(net[0](x).grad_fn).__name__ == "_Conv2dBackward"
@@ -96,19 +104,44 @@ def test_what_is_replaced_and_what_is_left_alone():
         assert net[0](x).dtype == torch.bfloat16
 
 
+def trainer(*argv):
+    """A small one on 20 random images; argv: words of the command line."""
+    tiny = ["--image-size", "32", "--ch", "4", "--batch-size", "4", "--z-dim", "8"]
+    s, script, named = okd_train.parse([*argv, *tiny])
+    okd_train.settle(s, script, named)
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = okd_train.Data(images, torch.zeros(20, dtype=torch.long), [], s, torch.device("cpu"))
+    return okd_train.Trainer(script, s, data, torch.device("cpu"))
+
+
 def test_the_trainer_uses_it_in_critics_and_only_rounding_differs(monkeypatch):
-    def trainer():
-        s, script, _ = okd_train.parse(["--groups", "2", "--image-size", "32", "--ch", "4", "--batch-size", "4", "--z-dim", "8"])
-        okd_train.settle(s, script, set())
-        return okd_train.Trainer(script, s, okd_train.Data(torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
-                                                           torch.zeros(20, dtype=torch.long), [], s, torch.device("cpu")), torch.device("cpu"))
-    fast = trainer()
+    kernel, fast = okd_train.kernel, trainer("--groups", "2")
     assert all("_conv_forward" in vars(fast.groups[0].nets[r].net.net[0]) for r in "DC")
-    monkeypatch.setattr(okd_train, "fast_second_derivative", None)
-    slow = trainer()
+    monkeypatch.setattr(okd_train, "kernel", lambda name: None if name == "convolution" else kernel(name))
+    slow = trainer("--groups", "2")
+    assert not any("_conv_forward" in vars(slow.groups[0].nets[r].net.net[0]) for r in "DC")
     a, b = fast.step(), slow.step()
     for i in (1, 2):
         for role in "dcg":
             torch.testing.assert_close(a[i][role][0], b[i][role][0], rtol=1e-4, atol=1e-5)
-    for m, n in zip(fast.groups[0].nets["D"].opt.state.values(), slow.groups[0].nets["D"].opt.state.values()):
+    adams = [t.groups[0].nets["D"].opt.state.values() for t in (fast, slow)]
+    for m, n in zip(*adams, strict=True):
         torch.testing.assert_close(m["exp_avg"], n["exp_avg"], rtol=1e-3, atol=1e-5)
+
+
+def test_copied_alone(tmp_path):
+    """In an empty folder, on a network of one's own."""
+    shutil.copy(ROOT / "kernels" / "convolution.py", tmp_path)
+    out = python(tmp_path, "-c", """
+import copy, torch
+from convolution import fast_second_derivative
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 4, 2, 1), torch.nn.Tanh(), torch.nn.Conv2d(4, 1, 4)).double()
+x, found = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True), []
+for D in (fast_second_derivative(copy.deepcopy(net)), net):
+    slope, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    found.append([slope, *torch.autograd.grad(slope.square().sum(), list(D.parameters()), allow_unused=True)])
+torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+assert "Conv2dBackward" in type(fast_second_derivative(net)[0](x).grad_fn).__name__
+""")
+    assert out.returncode == 0, out.stderr

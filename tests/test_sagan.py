@@ -1,4 +1,10 @@
-"""sagan.py: the networks have the reference's sizes, attention and losses have their exact values."""
+"""sagan.py: the networks have the reference's sizes, attention and losses have their exact values; it works alone."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -85,7 +91,8 @@ class Linear(nn.Module):
         return (x * self.w).flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("norm, one_sided, want", [(3.0, False, 4.0), (0.25, False, 0.5625), (3.0, True, 4.0), (0.25, True, 0.0), (1.0, False, 0.0)])
+@pytest.mark.parametrize("norm, one_sided, want", [
+    (3.0, False, 4.0), (0.25, False, 0.5625), (3.0, True, 4.0), (0.25, True, 0.0), (1.0, False, 0.0)])
 def test_penalty_of_a_linear_critic(norm, one_sided, want):
     w = torch.randn(3, 8, 8, dtype=torch.float64)
     D = Linear(w / w.norm() * norm)
@@ -137,3 +144,102 @@ def test_a_penalised_critic_mixes_no_samples():
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in D.modules())
     x = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(D(x)[1:2], D(x[1:2]))
+
+
+# ---------------------------------------------------------------------------------------------- copies
+ROOT = Path(__file__).resolve().parent.parent
+DECOY = "raise SystemExit('a decoy was imported')"
+
+
+def python(folder, *argv, path=""):
+    """Run python in `folder`, with other code in the folder `path` -> the finished process."""
+    env = {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def decoys(tmp_path):
+    """A folder of a user's own code with our names."""
+    folder = tmp_path / "decoys"
+    (folder / "kernels").mkdir(parents=True)
+    for name in ("okd_train.py", "kernels/__init__.py", "kernels/attention.py"):
+        (folder / name).write_text(DECOY)
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A folder with nothing but sagan.py."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    shutil.copy(ROOT / "sagan.py", folder)
+    return folder
+
+
+NETWORKS = """
+import sys
+before = sys.modules.get("kernels"), sys.modules.get("kernels.attention")
+import torch, sagan
+torch.manual_seed(0)
+G, D = sagan.Generator(image_size=32, ch=8), sagan.Discriminator(image_size=32, ch=8)
+for layer in (*G.modules(), *D.modules()):
+    if isinstance(layer, sagan.SelfAttention):
+        layer.gamma.data.fill_(0.5)
+ours, found = sagan.self_attention, []
+for sagan.self_attention in (sagan.eager_attention, ours):
+    torch.manual_seed(1)
+    x = G.eval()(torch.randn(2, 128))
+    loss, _ = sagan.discriminator_loss(D.eval(), torch.rand(2, 3, 32, 32), x.detach())
+    found.append(torch.cat([t.flatten() for t in (x, loss, *torch.autograd.grad(loss, list(D.parameters())))]))
+torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+"""
+
+
+def test_copied_alone(copy, decoys):
+    """Whatever else is called kernels: the two lines of its own."""
+    script = NETWORKS + "assert sagan.self_attention is sagan.eager_attention and 'kernels' not in sys.modules"
+    out = python(copy, "-c", script, path=decoys)
+    assert out.returncode == 0, out.stderr
+
+
+def beside(copy):
+    """Give it kernels/attention.py, and nothing else of kernels/."""
+    (copy / "kernels").mkdir()
+    return shutil.copy(ROOT / "kernels" / "attention.py", copy / "kernels")
+
+
+def test_beside_the_fused_attention(copy):
+    file = beside(copy)
+    out = python(copy, "-c", NETWORKS + """
+assert sagan.self_attention.__code__.co_filename == sys.argv[1], sagan.self_attention
+import kernels.attention
+assert kernels.attention.self_attention is sagan.self_attention
+""", file)
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_foreign_package_of_that_name_is_not_taken(loaded, copy, decoys):
+    """One elsewhere on the path, and one that the program uses already: which then keeps its name."""
+    file = beside(copy)
+    start = "import sys, types\nfor n in ('kernels', 'kernels.attention'): sys.modules[n] = types.ModuleType(n)\n"
+    out = python(copy, "-c", start * loaded + NETWORKS + """
+assert sagan.self_attention.__code__.co_filename == sys.argv[1], sagan.self_attention
+assert before == (sys.modules.get("kernels"), sys.modules.get("kernels.attention"))
+""", file, path=decoys)
+    assert out.returncode == 0, out.stderr
+
+
+def check_main(folder, name, decoys):
+    """`python NAME` alone says what it needs; beside okd_train.py it hands itself over."""
+    for argv in (["--help"], ["--data", "crops/"]):
+        out = python(folder, name, *argv, path=decoys)
+        said = f"{name}: error: training needs okd_train.py beside {name}\n"
+        assert (out.returncode, out.stdout, out.stderr) == (2, "", said)
+    (folder / "okd_train.py").write_text("def main(argv): print(argv)")
+    out = python(folder.parent, folder / name, "--steps", "3", path=decoys)
+    assert out.stdout.strip() == repr(["--model", str(folder / name), "--groups", "1", "--steps", "3"]), out.stderr
+
+
+def test_the_command_needs_the_trainer_beside_it(copy, decoys):
+    check_main(copy, "sagan.py", decoys)

@@ -1,16 +1,19 @@
-"""kernels/spectral_norm.py: torch's spectral norms, all layers of a network at once."""
+"""kernels/spectral_norm.py: torch's spectral norms, all layers of a network at once; it works alone."""
 import copy
+import shutil
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import okd_train
 import sagan
 from kernels.spectral_norm import SpectralNorms
-from test_okd_train import TINY, assert_same, flat, setup
+from test_convolution import trainer
+from test_sagan import ROOT, python
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,6 +40,11 @@ def odd(dtype=torch.float64, seed=0):
     return Odd().to(dtype)
 
 
+def assert_same(a, b):
+    assert a.keys() == b.keys() and len(a) > 3
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
 def vectors(net):
     return {k: v.clone() for k, v in net.named_buffers() if k.endswith(("_u", "_v"))}
 
@@ -58,9 +66,10 @@ def test_values_and_gradients_are_those_of_torch(device, layout, training):
         for net in (a, b):
             for p in net.parameters():
                 p.data -= 0.1 * p.grad
-                assert p.grad.stride() == p.stride() or device == "cuda"           # cuDNN lays a gradient out as it likes
-        assert (vectors(a)["a.parametrizations.weight.0._u"] - before["a.parametrizations.weight.0._u"]).abs().max() > 1e-4 or not training
-        for (k, p), q in zip(flat(a.state_dict()).items(), flat(b.state_dict()).values()):
+                assert p.grad.stride() == p.stride() or device == "cuda"        # cuDNN lays a gradient out as it likes
+        u = "a.parametrizations.weight.0._u"
+        assert (vectors(a)[u] - before[u]).abs().max() > 1e-4 or not training
+        for (k, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-12, msg=lambda text: f"step {step}, {k}: {text}")
         for p, q in zip(a.parameters(), b.parameters()):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-12)
@@ -90,7 +99,7 @@ def test_largest_singular_values_become_one():
         with norms():
             weights = [net.a.weight, net.b.weight.transpose(0, 1), net.c.weight, net.d.weight]
     for w in weights:
-        torch.testing.assert_close(torch.linalg.matrix_norm(w.flatten(1), 2), torch.ones((), dtype=torch.float64), rtol=1e-9, atol=0)
+        assert torch.linalg.matrix_norm(w.flatten(1), 2).item() == pytest.approx(1, rel=1e-9)
 
 
 def test_one_power_iteration_per_context_and_only_where_one_is_asked_for():
@@ -151,12 +160,25 @@ def test_a_networks_layers_of_another_dtype_are_left_to_torch():
     assert len(SpectralNorms(net).norms) == 3
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in f._schema.returns)
+        self.n += not view and not f.overloadpacket.__name__.startswith(("empty", "_unsafe_view"))
+        return f(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("frozen, ours_at_most, theirs_at_least", [(False, 38, 90), (True, 12, 20)])
 def test_launches(frozen, ours_at_most, theirs_at_least):
     """Of the four layers of a critic: forward and backward while it learns, forward while it is frozen."""
     def launches(context):
-        with okd_train.Operations() as seen, context():
-            normed = torch._foreach_mul([m.weight for m in layers], 1.0)             # one launch, and one for its derivative
+        with Launches() as seen, context():
+            normed = torch._foreach_mul([m.weight for m in layers], 1.0)        # one launch, and one for its derivative
             if not frozen:
                 torch.autograd.backward(normed, ones)
         return seen.n - 1 - (not frozen)
@@ -169,12 +191,13 @@ def test_launches(frozen, ours_at_most, theirs_at_least):
     assert len(layers) == 4 and 8 < ours <= ours_at_most and theirs >= theirs_at_least, (ours, theirs)
 
 
-@pytest.mark.parametrize("argv", [["--groups", "2"], ["--groups", "1", "--n-critic", "2"], ["--groups", "2", "--rho", "0"]])
+@pytest.mark.parametrize("argv", [
+    ["--groups", "2"], ["--groups", "1", "--n-critic", "2"], ["--groups", "2", "--rho", "0"]])
 def test_a_step_of_the_trainer_has_the_same_gradients(argv, monkeypatch):
     """Within 1e-5 of each network's largest."""
-    plain = setup(*argv, *TINY)
+    plain = trainer(*argv)
     monkeypatch.setattr(okd_train, "NORMS_TOGETHER", {"cpu"})
-    together = setup(*argv, *TINY)
+    together = trainer(*argv)
     for step in range(3):
         states = {k + 1: v for k, v in enumerate(copy.deepcopy(plain.state()["groups"]))}
         together.load_state(states, step)
@@ -183,8 +206,30 @@ def test_a_step_of_the_trainer_has_the_same_gradients(argv, monkeypatch):
         for g, h in zip(plain.groups, together.groups):
             assert g.nets.keys() == h.nets.keys()
             for role in g.nets:
-                a, b = (torch.cat([m["exp_avg"].flatten() for m in n.opt.state.values()]) for n in (g.nets[role], h.nets[role]))     # beta1 is 0
-                assert isinstance(h.nets[role].normed, SpectralNorms) and not isinstance(g.nets[role].normed, SpectralNorms)
-                assert (a - b).abs().max() <= 1e-5 * a.abs().max(), (step, role)
-                for (k, u), v in zip(vectors(g.nets[role].net).items(), vectors(h.nets[role].net).values()):
-                    torch.testing.assert_close(u, v, rtol=1e-4, atol=1e-5, msg=lambda text: f"{step} {role} {k}: {text}")
+                mine, its = g.nets[role], h.nets[role]
+                a, b = (torch.cat([m["exp_avg"].flatten() for m in n.opt.state.values()]) for n in (mine, its))
+                assert isinstance(its.normed, SpectralNorms) and not isinstance(mine.normed, SpectralNorms)
+                assert (a - b).abs().max() <= 1e-5 * a.abs().max(), (step, role)            # the gradients: beta1 is 0
+                for (k, u), v in zip(vectors(mine.net).items(), vectors(its.net).values(), strict=True):
+                    said = lambda text: f"{step} {role} {k}: {text}"            # noqa: E731
+                    torch.testing.assert_close(u, v, rtol=1e-4, atol=1e-5, msg=said)
+
+
+def test_copied_alone(tmp_path):
+    """In an empty folder, on a network of one's own."""
+    shutil.copy(ROOT / "kernels" / "spectral_norm.py", tmp_path)
+    out = python(tmp_path, "-c", """
+import copy, torch
+from spectral_norm import SpectralNorms
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+torch.manual_seed(0)
+a = torch.nn.Sequential(*(spectral_norm(torch.nn.Linear(5, 5)) for _ in range(2))).double()
+b, x = copy.deepcopy(a), torch.randn(3, 5, dtype=torch.float64)
+for net, context in ((a, SpectralNorms(a)), (b, parametrize.cached)):
+    with context():
+        net(x).square().sum().backward()
+torch.testing.assert_close([p.grad for p in a.parameters()], [p.grad for p in b.parameters()], rtol=1e-10, atol=1e-12)
+torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=1e-10, atol=1e-12)
+""")
+    assert out.returncode == 0, out.stderr
