@@ -168,7 +168,8 @@ class Trainer:
         self.step_count = 0
         self.drew = False                                           # whether the script draws random numbers by itself
         self.bad = torch.zeros(len(self.groups), 3, dtype=torch.int64, device=device)   # when D, C, G was lost, or 0
-        self.fakes, self.images, self.neighbours, self.losses = {}, {}, {}, {}  # of the step that runs, by group
+        self.fakes, self.neighbours, self.losses = {}, {}, {}       # of the step that runs, by group
+        self.images = {}                                            # fakes without graph, by sub-step and group
         cuda_graph = kernel("cuda_graph")
         self.given = (cuda_graph or sys.modules[__name__]).Inputs(self.next_inputs(), device)
         self.use_given_rates()
@@ -192,7 +193,7 @@ class Trainer:
         for sub in range(self.s.n_critic):
             parts.append((functools.partial(self.make_fakes, sub), False))
             if self.s.groups > 1:
-                parts.append((self.exchange, self.ranks.world > 1))
+                parts.append((functools.partial(self.exchange, sub), self.ranks.world > 1))
             parts.append((functools.partial(self.learn, sub), False))
         return parts
 
@@ -208,17 +209,17 @@ class Trainer:
             with self.lane(g.i), keep, torch.set_grad_enabled(last):
                 self.fakes[g.i] = self.generate(g, sub)
         self.join()
-        self.images = {i: self.arrange(x.detach()) for i, x in self.fakes.items()}
+        self.images[sub] = {i: self.arrange(x.detach()) for i, x in self.fakes.items()}
 
-    def exchange(self):
+    def exchange(self, sub):
         """neighbours[i] becomes the images that C_i sees as real. Between processes they travel between the halves."""
-        received = self.ranks.exchange(self.images)
+        received = self.ranks.exchange(self.images[sub])
         if self.ranks.world == 1:
             self.neighbours = received
             return
         for i, x in received.items():
             if i not in self.neighbours:
-                self.neighbours[i] = torch.empty_like(self.images[i])
+                self.neighbours[i] = torch.empty_like(self.images[sub][i])
             self.neighbours[i].copy_(x)                             # a fixed place, which a recording can read
 
     def learn(self, sub):
@@ -231,11 +232,11 @@ class Trainer:
                 idx = d["idx", g.i]
                 real = self.arrange(self.data.batch(idx, d.get(("flip", g.i))))
                 y_real = self.data.labels[idx] if self.script.conditional else None
-                losses["d"] = self.learn_critic(g, "D", sub, real, self.images[g.i], y_real)
+                losses["d"] = self.learn_critic(g, "D", sub, real, self.images[sub][g.i], y_real)
             if "C" in g.nets:
                 with self.lane((g.i, "C")):
                     neighbours = self.neighbours[g.i]
-                    losses["c"] = self.learn_critic(g, "C", sub, neighbours, self.images[g.i], d.get("y"))
+                    losses["c"] = self.learn_critic(g, "C", sub, neighbours, self.images[sub][g.i], d.get("y"))
             if last:
                 with self.lane(g.i, after=[(g.i, "C")] if "C" in g.nets else []):
                     losses["g"] = self.learn_generator(g, sub)
@@ -530,8 +531,8 @@ class Network:
         """
         with self.normed():
             value, logs = with_logs(loss())
-            share = self.ranks.share if self.ranks else 1       # means over shares add up to that of the batch
-            (value * share).backward(inputs=self.params)            # not into the penalty's images
+            weighted = value * self.ranks.share if self.ranks else value    # shares' means add up to the batch's
+            weighted.backward(inputs=self.params)                   # not into the penalty's images
         if self.ranks:
             self.ranks.sum_gradients(self.params)
         for p in self.params:                                       # fused Adam trusts that all is laid out alike
