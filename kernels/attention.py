@@ -239,7 +239,8 @@ except AttributeError:
 
 def attention_cpu(q, k, v):
     """The quickest form on a CPU: fused in float32 from FUSED_FROM_N positions on, else blocked."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()       # no rule for a Function
+    # Traces would freeze its loop over the batch, and torch.func has no rule for a Function.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if _linear is None or traced or q.dtype != torch.float32 or q.shape[2] < FUSED_FROM_N:
         return attention_blocked(q, k, v)
     return _Fused.apply(*map(_dense, (q, k, v)))
@@ -280,8 +281,9 @@ class _Fused(Function):
     def backward(ctx, g):
         q, k, v = ctx.saved_tensors
         if torch.is_grad_enabled():
-            leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
-            return torch.autograd.grad(attention_blocked(*leaves), leaves, g, create_graph=True)
+            # Views: where k is q, or made of q, a gradient asked at q itself would take in the way through k.
+            views = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(attention_blocked(*views), views, g, create_graph=True)
         g = _dense(g)
         qt, kt, vt, gt = (x.mT.contiguous() for x in (q, k, v, g))
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+import torch.utils.checkpoint
 
 from kernels import attention as A
 from kernels import bench_attention
@@ -539,6 +540,73 @@ def test_fused_on_the_cpu_never_multiplies_matrices_with_gaps(monkeypatch):
         for a, b in zip(*found):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
         monkeypatch.undo()
+
+
+ALIASED = {
+    "q is k": lambda x, y, v: (x, x, v), "all are one": lambda x, y, v: (x, x, x), "v is q": lambda x, y, v: (x, y, x),
+    "v is k": lambda x, y, v: (y, x, x), "k of q": lambda x, y, v: (x, 2 * x, v),
+    "q of k": lambda x, y, v: (3 * x, x, v), "v of q": lambda x, y, v: (x, y, x.sin()),
+    "views of one": lambda x, y, v: (x[:, :4], x[:, 4:], x),
+    "q, k of v": lambda x, y, v: (x.tanh(), x * 0.5, x), "apart": lambda x, y, v: (x, y, v)}
+
+
+def derivatives_of_one(attend, pattern, N, dtype):
+    """o, its gradient at all three tensors that q, k, v are made of, and the gradient of that gradient's square."""
+    rng = torch.Generator().manual_seed(3)
+    leaves = [(torch.randn(2, 8, N, generator=rng, dtype=torch.float64) * 0.5).to(dtype) for _ in range(4)]
+    *leaves, g = leaves
+    leaves = [t.requires_grad_() for t in leaves]
+    o = attend(*ALIASED[pattern](*leaves))
+    first = torch.autograd.grad(o, leaves, g, create_graph=True, materialize_grads=True)
+    second = torch.autograd.grad(sum(t.square().sum() for t in first), leaves, materialize_grads=True)
+    return [t.detach().double() for t in (o, *first, *second)]
+
+
+@pytest.mark.parametrize("N", [48, 1040])
+@pytest.mark.parametrize("pattern", ALIASED)
+def test_tensors_that_are_made_of_one_another(pattern, N):
+    """On both sides of FUSED_FROM_N: a gradient asked of one argument must not take in the way through another."""
+    assert 48 < A.FUSED_FROM_N <= 1040
+    truth = derivatives_of_one(A.attention, pattern, N, torch.float64)
+    for x, y in zip(derivatives_of_one(A.self_attention, pattern, N, torch.float32), truth):
+        assert (x - y).abs().max() <= 2e-4 * y.abs().max() + 1e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("pattern", ALIASED)
+def test_tensors_that_are_made_of_one_another_in_triton(pattern, device):
+    truth = derivatives_of_one(A.attention, pattern, 12, torch.float64)
+    for x, y in zip(derivatives_of_one(fused, pattern, 12, torch.float64), truth):
+        assert (x - y).abs().max() <= 1e-10 * y.abs().max() + 1e-12
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("N", [48, 1040])
+def test_unusual_ways_to_differentiate(N):
+    """Checkpoints, batched gradients, forward mode, traces on the CPU: right, or refused where attention is fused."""
+    (q, k, v, g), _ = inputs(2, 4, 8, N, torch.float32)
+    g = g.detach()
+    want = torch.autograd.grad(A.attention(q, k, v), (q, k, v), g)
+
+    def close(found, expected=want):
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+    kept = torch.utils.checkpoint.checkpoint(A.self_attention, q, k, v, use_reentrant=False)
+    close(torch.autograd.grad(kept, (q, k, v), g))
+    refusing = contextlib.nullcontext()
+    if N >= A.FUSED_FROM_N and A._linear is not None:
+        refusing = pytest.raises(RuntimeError)
+    with refusing:
+        both = torch.autograd.grad(A.self_attention(q, k, v), (q, k, v), torch.stack([g, 2 * g]), is_grads_batched=True)
+        close([t[1] for t in both], [2 * t for t in want])
+    traced = torch.jit.trace(A.self_attention, (q, k, v), check_trace=False)
+    close([traced(*(t[:1] for t in (q, k, v)))], [A.attention(q, k, v)[:1]])            # of another batch, too
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q.detach(), torch.ones_like(q))
+        with refusing:
+            o = A.self_attention(dual, k.detach(), v.detach())
+            plain = A.attention(dual, k.detach(), v.detach())
+            close(*([torch.autograd.forward_ad.unpack_dual(x).tangent] for x in (o, plain)))
 
 
 # Copies ---------------------------------------------------------------------------------------------------------
