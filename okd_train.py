@@ -205,8 +205,8 @@ class Trainer:
         """First half of a sub-step: every group's fakes from one z. The last sub-step keeps the generators' graph."""
         last = sub == self.s.n_critic - 1
         for g in self.groups:
-            keep = contextlib.nullcontext() if last else g.nets["G"].frozen()
-            with self.lane(g.i), keep, torch.set_grad_enabled(last):
+            still = contextlib.nullcontext() if last else g.nets["G"].frozen()
+            with self.lane(g.i), still, torch.set_grad_enabled(last):
                 self.fakes[g.i] = self.generate(g, sub)
         self.join()
         self.images[sub] = {i: self.arrange(x.detach()) for i, x in self.fakes.items()}
@@ -253,7 +253,7 @@ class Trainer:
             return n.net(*args).float()
 
     def learn_critic(self, g, role, sub, real, fake, y_real):
-        """One update of a discriminator ("D") or a connector ("C"); real and fake carry no graph."""
+        """One update of a discriminator ("D") or a connector ("C"). real: what counts as real; both without a graph."""
         d, n = self.given.plan[sub], g.nets[role]
         f = self.script.discriminator_loss if role == "D" else self.script.connector_loss
         labels = (y_real, d["y"]) if self.script.conditional else ()
@@ -318,7 +318,7 @@ class Trainer:
         return plan
 
     def use_given_rates(self):
-        """Learning rates are read from the step's inputs, so that a recorded step sees them change."""
+        """Let the optimisers read their rates at the inputs' fixed places: a recorded step then sees them change."""
         for g in self.groups:
             for role, n in g.nets.items():
                 n.opt.param_groups[0]["lr"] = self.given.plan[0][f"{role.lower()}_lr"]
@@ -768,8 +768,7 @@ class Data:
 
     def batch(self, idx, flip):
         """idx (B,) -> float images (B, 3, H, W) in [-1, 1]; flip (B, 1, 1, 1) of uniforms, or None."""
-        x = self.images[idx].float().div_(127.5).sub_(1)
-        return x if flip is None else augment(x, flip)
+        return augment(self.images[idx].float().div_(127.5).sub_(1), flip)
 
     def indices(self, batch, group):
         """Indices (B,) of a group's batch number `batch`: without replacement through a new permutation every epoch."""
@@ -786,8 +785,11 @@ class Data:
 
 
 def augment(x, flip):
-    """Real images (B, 3, H, W) in [-1, 1] -> those mirrored whose uniform in flip (B, 1, 1, 1) is below 0.5."""
-    return torch.where(flip < 0.5, x.flip(3), x)
+    """Real images (B, 3, H, W) in [-1, 1] -> with those mirrored whose uniform in flip (B, 1, 1, 1) is below 0.5.
+
+    flip is None without --flip. Further random numbers come from Trainer.next_inputs.
+    """
+    return x if flip is None else torch.where(flip < 0.5, x.flip(3), x)
 
 
 def load_data(s, conditional, say):
@@ -1636,11 +1638,11 @@ runs:
   model script is a program, and args.json and G1.pt name the one to load: use only runs that you trust.
 
 log.jsonl has a line of step, seconds, images_per_second (all groups) and, per group, d_loss, c_loss, g_loss and:
-  d_w               E D(real) - E D(fake): rises fast at first, then falls slowly; not stuck near 0, not growing for
-  ever d_grad_norm       mean gradient norm of D at the interpolates: close to 1 c_w, c_grad_norm  the same between
-  neighbour and own fakes: c_w falls as the groups come together gamma             weight of each attention layer in
-  G, D, C; starts at 0 and leaves it; its sign does not matter d_accuracy        acgan: share of real images whose
-  class is named right, towards 1; d_class_loss: the class loss
+  d_w               E D(real) - E D(fake): rises fast, then falls slowly; neither stuck near 0 nor growing for ever
+  d_grad_norm       mean gradient norm of D at the interpolates: close to 1
+  c_w, c_grad_norm  the same between neighbour and own fakes: c_w falls as the groups come together
+  gamma             weight of each attention layer in G, D, C; starts at 0 and leaves it; its sign does not matter
+  d_accuracy        acgan: share of real images whose class is named right, towards 1; d_class_loss: the class loss
 """
 
 
