@@ -2239,10 +2239,13 @@ def processes(s):
     """How many processes to start from this one: 1 means none."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or OUTER in os.environ:
         return 1
+    if on_log:                                                      # other processes would run this file without it
+        if s.nproc not in (None, 1):
+            raise UserError(f"--nproc {s.nproc} starts processes that know nothing of on_log; "
+                            "start your script by torchrun")
+        return 1
     if s.nproc is not None:
         return s.nproc
-    if on_log:        # they would start this file, which knows nothing of it
-        return 1
     if torch.cuda.is_available() and s.device in (None, "cuda"):
         return min(torch.cuda.device_count(), s.groups)
     return min(2, s.groups, cores()) if s.quick and s.device in (None, "cpu") else 1

@@ -1,4 +1,8 @@
-"""What users get wrong, carelessly or with intent: one line on stderr, exit status 2, no traceback, nothing written. All three scripts, one table."""
+"""What users get wrong, carelessly or with intent: one line on stderr, exit status 2, no traceback, nothing written.
+
+One table for training, scoring, cropping and rendering; sample.py, report.py and bench.py have theirs in their own
+tests.
+"""
 import os
 import re
 import subprocess
@@ -12,10 +16,11 @@ from PIL import Image
 import crop_codebrim
 import fid
 import okd_train
+import synthetic
 from test_crop_codebrim import add
-from test_okd_train import OTHER, TINY
+from test_okd_train import ENV, OTHER, TINY, train
 
-SCRIPTS = {"okd": okd_train, "fid": fid, "crop": crop_codebrim}
+SCRIPTS = {"okd": okd_train, "fid": fid, "crop": crop_codebrim, "synthetic": synthetic}
 HUGE = str(10 ** 30)
 LONG = "x" * 300                                                    # no file system takes such a name
 NO_TEXT = os.fsdecode(b"\xff\xfe")
@@ -43,7 +48,8 @@ MODELS = {
     "word_batch": OTHER.replace("batch_size=4", "batch_size='many'"),
     "half_batch": OTHER.replace("batch_size=4", "batch_size=2.5"),
     "nan_width": OTHER.replace("width=8", "width=float('nan')"),
-    "no_no": OTHER.replace("sharp=True)", "sharp=True, no_sharp=1)", 1).replace("sharp=True):", "sharp=True, no_sharp=1):"),
+    "no_no": OTHER.replace("sharp=True)", "sharp=True, no_sharp=1)", 1).replace("sharp=True):",
+                                                                                "sharp=True, no_sharp=1):"),
     "no_flip": OTHER.replace("width=8", "width=8, no_flip=1").replace("z_dim, width", "z_dim, width, no_flip"),
     "not_a_loss": OTHER + "\ndiscriminator_loss = 3\n",
     "a_builtin": "class Generator(dict): pass\nclass Discriminator(dict): pass\n",
@@ -79,7 +85,7 @@ def scene(tmp_path_factory):
         Image.new("RGB", (32, 32)).save(root / "BAD" / f"{k}.png")
     (root / "BAD" / os.fsdecode(b"line\nbreak \x1b[31m\xff.png")).write_bytes(b"")
     (root / NO_TEXT / "0.png").write_bytes(b"")
-    okd_train.main(["--data", str(root / "DATA"), *TINY, "--groups", "1", "--steps", "1", "--out", str(root / "RUN")])
+    train("--data", root / "DATA", *TINY, "--groups", "1", "--steps", "1", "--out", root / "RUN")
     for k in range(12):
         add(root / "SRC", f"image_{k:07d}", [(1, 1, 150, 120, "Crack"), (120, 80, 300, 200, "Spallation")], number=k)
     for name, n in (("REAL", 14), ("FIVE", 5), ("SINGLE", 1)):
@@ -230,13 +236,7 @@ OKD = [
     (["--out", "/proc/run"], "/proc/run"),
     (["--out", "RUN"], "already holds a run"),
     (["--out", "RUN", "--resume", "--rho", "0.1"], "--rho is 0.5 there and 0.1 here"),
-    (["--sample", "0"], "--sample is 0"),
-    (["--sample", "-3"], "--sample is -3"),
-    (["--sample", "many"], "invalid int value"),
-    (["--sample", str(10 ** 12)], "it must be at most"),
-    (["--sample", "4"], "no args.json"),
-    (["--sample", "4", "--out", "FILE"], "no args.json"),
-    (["--sample", "4", "--out", "DATA"], "no args.json"),
+    (["--sample", "4"], "unrecognized arguments: --sample 4"),
     (["--model", "acgan", "--n-classes", "3"], "has 2 class folders: Crack, Spallation"),
     (["--model", "acgan", "--n-classes", "0"], "--n-classes is 0"),
     (["--model", "acgan", "--data", "FLAT"], "outside class folders"),
@@ -253,7 +253,7 @@ FID = [
     (["REAL", "nowhere.npz"], "no such"),
     (["dangling", "REAL"], "dangling"),
     (["SINGLE/000.png", "REAL"], "000.png: neither"),
-    (["EMPTY", "REAL"], "no images (bmp, jpg, jpeg, pgm, png, ppm, tif, tiff, webp; 1 other"),
+    (["EMPTY", "REAL"], "no images in it or below; accepted are bmp jpeg jpg pgm png ppm tif tiff webp; 1 other"),
     (["SINGLE", "REAL"], "at least 2 images, there is 1 (000.png)"),
     (["REAL", "SINGLE"], "at least 2"),
     (["REAL"], "FAKE"),
@@ -358,24 +358,38 @@ CROP = [
     (["SRC", "OUT", "--split", "train=nan"], "must be a number"),
     (["SRC", "OUT", "--split", "train=1e999"], "must be a number"),
     (["SRC", "OUT", "--split", ""], "expected train"),
-    (["SRC", "OUT", "--photos", "3"], "belongs to --demo"),
-    (["SRC", "OUT", "--demo", "d"], "crops nothing"),
-    (["--demo", "FULL"], "exists already"),
-    (["--demo", "d", "--sheet", "s.png"], "--sheet has no meaning with --demo"),
-    (["--demo", ""], "the name is empty"),
-    (["--demo", "d", "--photos", HUGE], "at most"),
-    (["--demo", "FILE/d", "--photos", "1"], "FILE"),
+    (["SRC", "OUT", "--photos", "3"], "unrecognized arguments: --photos"),
+    (["SRC", "OUT", "--demo", "d"], "unrecognized arguments: --demo"),
     (["SRC", "OUT", "--wind", "box"], "unrecognized"),
     (["SRC", "OUT", "--balance=1"], "ignored explicit argument"),
 ]
-CASES = ([("okd", ["--data", "DATA", *TINY, "--out", "OUT", *argv] if "--model" not in argv or argv[1] == "acgan" else
-           ["--data", "DATA", "--groups", "2", "--out", "OUT", *argv], words) for argv, words in OKD]
-         + [("fid", argv, words) for argv, words in FID] + [("crop", argv, words) for argv, words in CROP])
+SYNTHETIC = [
+    ([], "required: DIR"),
+    (["FULL"], "exists already"),
+    (["d", "--sheet", "s.png"], "unrecognized arguments: --sheet"),
+    ([""], "the name is empty"),
+    (["d", "--photos", HUGE], "at most"),
+    (["d", "--photos", "0"], "at least 1"),
+    (["d", "--seed", "-1"], "at least 0"),
+    (["FILE/d", "--photos", "1"], "FILE"),
+]
+
+
+def trained(argv):
+    """A command of okd_train.py that would work, without what argv adds."""
+    own = "--model" in argv and argv[1] != "acgan"
+    return ["--data", "DATA", *(["--groups", "2"] if own else TINY), "--out", "OUT", *argv]
+
+
+CASES = [*(("okd", trained(argv), words) for argv, words in OKD), *(("fid", argv, words) for argv, words in FID),
+         *(("crop", argv, words) for argv, words in CROP),
+         *(("synthetic", argv, words) for argv, words in SYNTHETIC)]
 
 
 def snapshot(root):
     """{name below root: (size, time of change) of a file or link, None of a folder}."""
-    return {p.relative_to(root): (p.lstat().st_size, p.lstat().st_mtime_ns) if p.is_symlink() or not p.is_dir() else None for p in root.rglob("*") if "__pycache__" not in p.parts}
+    described = lambda p: (p.lstat().st_size, p.lstat().st_mtime_ns) if p.is_symlink() or not p.is_dir() else None
+    return {p.relative_to(root): described(p) for p in root.rglob("*") if "__pycache__" not in p.parts}
 
 
 def call(script, argv):
@@ -385,7 +399,10 @@ def call(script, argv):
         return e.code
 
 
-@pytest.mark.parametrize("script, argv, words", CASES, ids=[f"{k}-{s}-{' '.join(a[-2:])[:24]!a}" for k, (s, a, _) in enumerate(CASES)])
+NAMES = [f"{k}-{script}-{' '.join(argv[-2:])[:24]!a}" for k, (script, argv, _) in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("script, argv, words", CASES, ids=NAMES)
 def test_one_line_exit_2_and_nothing_written(script, argv, words, scene, monkeypatch, capfd):
     monkeypatch.chdir(scene)
     monkeypatch.delenv("FID_WEIGHTS", raising=False)
@@ -393,13 +410,17 @@ def test_one_line_exit_2_and_nothing_written(script, argv, words, scene, monkeyp
     status = call(script, argv)
     text = capfd.readouterr().err
     text = re.sub(r"(?m)^(real|fake): \d+/\d+ images, .*\n", "", text)        # fid.py's progress
-    assert status == 2 and text.startswith(f"{Path(SCRIPTS[script].__file__).name}: ") and text.count("\n") == 1 and text.endswith("\n"), (status, text)
+    begin = f"{Path(SCRIPTS[script].__file__).name}: "
+    assert status == 2 and text.startswith(begin) and text.count("\n") == 1 and text.endswith("\n"), (status, text)
     assert words in text and not re.search(r"Traceback|[\x00-\x09\x0b-\x1f\x7f]", text), text
     assert snapshot(scene) == before
 
 
-@pytest.mark.parametrize("env, words", [(dict(WORLD_SIZE="two"), "WORLD_SIZE='two'"), (dict(WORLD_SIZE="0"), "WORLD_SIZE='0'"), (dict(RANK="5"), "RANK='5'"), (dict(WORLD_SIZE="2", RANK="x"), "RANK='x'"),
-                                        (dict(WORLD_SIZE="-1"), "WORLD_SIZE='-1'"), (dict(LOCAL_RANK=""), "LOCAL_RANK=''"), (dict(WORLD_SIZE="2", RANK="2"), "RANK='2'")])
+@pytest.mark.parametrize("env, words", [
+    (dict(WORLD_SIZE="two"), "WORLD_SIZE='two'"), (dict(WORLD_SIZE="0"), "WORLD_SIZE='0'"),
+    (dict(RANK="5"), "RANK='5'"), (dict(WORLD_SIZE="2", RANK="x"), "RANK='x'"),
+    (dict(WORLD_SIZE="-1"), "WORLD_SIZE='-1'"), (dict(LOCAL_RANK=""), "LOCAL_RANK=''"),
+    (dict(WORLD_SIZE="2", RANK="2"), "RANK='2'")])
 def test_an_environment_that_no_launcher_sets(env, words, scene, monkeypatch, capsys):
     before = snapshot(scene)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -418,10 +439,11 @@ def test_an_environment_that_no_launcher_sets(env, words, scene, monkeypatch, ca
     ("acgan.py", ["--data", "DATA/Crack", "--out", "OUT"], "outside class folders"),
     ("fid.py", ["REAL", NO_TEXT, "--features", "random"], "at least 2"),
     ("crop_codebrim.py", [NO_TEXT, "OUT"], "no .xml files"),
+    ("synthetic.py", ["FULL"], "exists already"),
 ])
 def test_the_real_commands(script, argv, words, scene, root):
     before = snapshot(scene)
     p = subprocess.run([sys.executable, root / script, *argv], cwd=scene, capture_output=True, text=True, timeout=100,
-                       env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONIOENCODING="ascii"))
+                       env=dict(ENV, PYTHONIOENCODING="ascii"))
     assert p.returncode == 2 and p.stdout == "" and p.stderr.count("\n") == 1 and words in p.stderr, p.stderr
     assert snapshot(scene) == before

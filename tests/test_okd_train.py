@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils import parametrize
 
+import bench
 import fid
 import okd_train
 import sagan
@@ -76,7 +79,7 @@ def run(*argv, script=okd_train.__file__, env=ENV):
 def start(*argv, **kw):
     """okd_train.py as a user starts it -> the process, with pipes."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, okd_train.__file__, *map(str, argv)], env=ENV, **{**pipes, **kw})
+    return subprocess.Popen([sys.executable, okd_train.__file__, *map(str, argv)], **{"env": ENV, **pipes, **kw})
 
 
 def checkpoint(folder):
@@ -108,8 +111,7 @@ def test_draw_is_a_function_of_its_key():
 
 
 def test_every_image_once_an_epoch_in_an_order_of_its_own_per_group():
-    # 22 images, batches of 4: epochs begin within batches
-    t = setup("--groups", "2", *TINY, size=22)
+    t = setup("--groups", "2", *TINY, size=22)                      # batches of 4: epochs begin within batches
     seen = torch.cat([t.data.indices(k, 1) for k in range(11)])
     assert seen[:22].sort()[0].tolist() == list(range(22)) and seen[22:].sort()[0].tolist() == list(range(22))
     assert seen[:22].tolist() != seen[22:].tolist()
@@ -167,8 +169,9 @@ def record(t):
 
 
 @pytest.mark.parametrize("topology, sees", [
-    (None, {1: 2, 2: 3, 3: 1}), (lambda i, n: (i - 2) % n + 1, {1: 3, 2: 1, 3: 2}), (lambda i, n: 1, {1: 1, 2: 1, 3: 1})],
-    ids=["ring", "reversed", "star"])
+    (None, {1: 2, 2: 3, 3: 1}),
+    (lambda i, n: (i - 2) % n + 1, {1: 3, 2: 1, 3: 2}),
+    (lambda i, n: 1, {1: 1, 2: 1, 3: 1})], ids=["ring", "reversed", "star"])
 def test_whose_images_a_connector_sees_as_real(topology, sees, monkeypatch):
     if topology:
         monkeypatch.setattr(okd_train, "neighbour", topology)
@@ -293,6 +296,9 @@ def test_arithmetic_of_a_full_step(monkeypatch):
         t.step()
     gflop = count.get_total_flops() / 1e9 * 5 / 2
     assert 170 < gflop <= 192, gflop
+    t.s.batch_size = 25
+    flops, operations = bench.count_work(okd_train.Script("sagan"), t.s)
+    assert flops / 2e9 == pytest.approx(gflop, rel=2e-3) and 900 < operations / 2 <= 1000, (flops / 2e9, operations / 2)
 
 
 def test_result_is_independent_of_the_visiting_order():
@@ -540,6 +546,39 @@ def logs(run):
     return [{k: v for k, v in x.items() if k not in ("seconds", "images_per_second")} for x in lines]
 
 
+def test_on_log_is_shown_every_line(photos, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(okd_train, "on_log", shown.append)
+    scored = ["--fid-every", "2", "--fid-features", "random", "--fid-samples", "8"]
+    argv = ["--groups", "2", *TINY, "--data", photos, "--steps", "5", "--log-every", "2", *scored]
+    train(*argv, "--out", tmp_path / "a")
+    written = {name: (tmp_path / "a" / name).read_text().splitlines() for name in ("log.jsonl", "fid.jsonl")}
+    assert {name: len(lines) for name, lines in written.items()} == {"log.jsonl": 3, "fid.jsonl": 3}
+    assert [line for line in shown if "groups" in line] == list(map(json.loads, written["log.jsonl"]))
+    assert [line for line in shown if "G1" in line] == list(map(json.loads, written["fid.jsonl"]))
+    assert len(shown) == 6 and [line["step"] for line in shown] == [2, 2, 4, 4, 5, 5]
+
+
+def test_on_log_keeps_the_run_in_this_process(monkeypatch):
+    """Others, started with this file, would know nothing of it."""
+    def count(*argv):
+        s, script, named = okd_train.parse(list(argv))
+        okd_train.settle(s, script, named)
+        return okd_train.processes(s)
+    monkeypatch.setattr(okd_train, "cores", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for on_log, quick, gpus in ((None, 2, 3), (print, 1, 1)):
+        monkeypatch.setattr(okd_train, "on_log", on_log)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert count("--quick") == quick and count() == 1
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert count() == gpus and count("--nproc", "1") == 1
+    with pytest.raises(okd_train.UserError, match="know nothing of on_log"):
+        count("--nproc", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert count() == 1
+
+
 def test_kill_9_at_random_moments(photos, tmp_path):
     every = ["--log-every", "1", "--save-every", "3", "--sample-every", "1000"]
     common = ["--model", "sagan", "--groups", "2", *TINY, "--data", photos, "--steps", "40", *every]
@@ -682,7 +721,7 @@ def test_the_synthetic_default_is_deterministic(synthetic):
 
 
 def test_quick_learns(synthetic):
-    """The preset, shortened: the distance of simple statistics between samples and data falls far below half."""
+    """The preset, shortened: the distance of simple statistics between samples and data falls far below an eighth."""
     s, script, named = okd_train.parse(["--groups", "2", "--quick"])
     okd_train.settle(s, script, named)
     images, labels, _ = synthetic
@@ -703,10 +742,10 @@ def test_quick_learns(synthetic):
         fake = statistics(okd_train.generate(g.ema, z).transpose(0, 3, 1, 2))
         return (((fake.mean(0) - real.mean(0)) ** 2 + (fake.std(0) - real.std(0)) ** 2) / real.var(0)).mean().item()
     before = [distance(g) for g in t.groups]
-    for _ in range(100):
+    for _ in range(40):
         t.step()
     after = [distance(g) for g in t.groups]
-    assert all(a < b / 2 for a, b in zip(after, before)), (before, after)
+    assert all(a < b / 8 for a, b in zip(after, before)), (before, after)
 
 
 def test_scores_during_training(photos, tmp_path, capsys):
@@ -804,7 +843,6 @@ def test_links_hidden_files_and_loops(photos, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- bad input
 def broken_photos(photos, folder):
-    import shutil
     shutil.copytree(photos, folder)
     (folder / "Crack" / "cut.png").write_bytes((photos / "Crack" / "00.png").read_bytes()[:300])
     (folder / "Spallation" / "text.jpg").write_text("not an image")
@@ -823,7 +861,7 @@ def test_bad_images_are_all_named_or_skipped(photos, tmp_path, capsys):
 def test_runs_are_not_overwritten_and_resume_is_checked(photos, tmp_path, capsys):
     out = tmp_path / "run"
     base = ["--data", photos, *TINY, "--groups", "2", "--out", out]
-    okd_train.main([*map(str, base), "--steps", "2", "--rho", "0.25"])
+    train(*base, "--steps", "2", "--rho", "0.25")
     capsys.readouterr()
     kept = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     assert "go on with --resume" in refused(capsys, *base)
@@ -858,12 +896,14 @@ def test_a_hostile_checkpoint_executes_nothing(photos, tmp_path, capsys):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "boom"),)
     out = tmp_path / "run"
-    base = ["--data", str(photos), *TINY, "--groups", "1", "--out", str(out)]
-    okd_train.main([*base, "--steps", "1"])
+    base = ["--data", photos, *TINY, "--groups", "1", "--out", out]
+    train(*base, "--steps", "1")
     torch.save({"format": okd_train.FORMAT, "x": Bomb()}, out / "checkpoint.pt")
     torch.save(Bomb(), out / "G1.pt")
     capsys.readouterr()
     refused(capsys, *base, "--resume", "--steps", "3")
+    with pytest.raises(okd_train.UserError, match="cut short"):
+        okd_train.load_generator(out / "G1.pt")
     assert not (tmp_path / "boom").exists()
 
 
@@ -892,3 +932,81 @@ def test_notes_on_settings_without_effect(photos, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "copy its neighbour" in text and "--fid-samples without effect" in text
     assert "--rho without effect" not in text
+
+
+# ---------------------------------------------------------------------------------------------- copied alone
+DECOY = "raise SystemExit('a decoy was imported')"
+
+
+@pytest.fixture
+def copied(root, tmp_path):
+    """A folder with okd_train.py and the README's my_gan.py, and beside it one with a user's own fid and kernels."""
+    gan, = (block for block in re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)
+            if block.startswith("# my_gan.py"))
+    folder, decoys = tmp_path / "copied", tmp_path / "decoys"
+    folder.mkdir()
+    shutil.copy(root / "okd_train.py", folder)
+    (folder / "my_gan.py").write_text(gan)
+    (decoys / "kernels").mkdir(parents=True)
+    for name in ("fid.py", "synthetic.py", "crop_codebrim.py", "kernels/__init__.py", "kernels/convolution.py"):
+        (decoys / name).write_text(DECOY)
+    return folder
+
+
+def together(folder, *commands, **env):
+    """Copies of okd_train.py as a user starts them in `folder`, side by side -> [(exit status, stdout, stderr)]."""
+    env = dict(ENV, PYTHONPATH=str(folder.parent / "decoys"), **env)
+    started = [subprocess.Popen([sys.executable, "okd_train.py", *map(str, argv)], cwd=folder, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for argv in commands]
+    said = [p.communicate(timeout=120) for p in started]
+    return [(p.returncode, *streams) for p, streams in zip(started, said)]
+
+
+SMALL = ["--model", "my_gan.py", "--groups", "2", "--width", "4", "--batch-size", "4", "--nproc", "1"]
+
+
+def test_copied_alone_it_says_what_it_needs(copied, photos):
+    asked, no_data, data = together(copied, ["--help", "--model", "my_gan.py"], SMALL, [*SMALL, "--data", photos])
+    assert asked[0] == 0 and asked[2] == "" and "--groups" in asked[1] and "--smooth FLOAT" in asked[1]
+    for found, needs in ((no_data, "training without --data needs synthetic.py"),
+                         (data, "reading images needs fid.py")):
+        line = f"okd_train.py: error: {needs} beside okd_train.py; it is not in {copied}\n"
+        assert found == (2, "", line)
+    assert not (copied / "runs").exists()
+
+
+def near(a, b, start):
+    """Whether two checkpoints moved alike from where they began: Adam makes a step of the sign of a rounding, too."""
+    kinds = [(i, role) for i, group in enumerate(start["groups"]) for role in group if role != "ema"]
+    for i, role in kinds:
+        x, y, z = (torch.cat([v.flatten().double() for v in state["groups"][i][role]["net"].values()])
+                   for state in (a, b, start))
+        assert (x - z).norm() > 0 and (x - y).norm() <= 1e-3 * (x - z).norm(), (i, role, (x - y).norm(), (x - z).norm())
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_copied_with_fid_it_trains_and_scores(kernels, copied, root, photos, tmp_path):
+    """With and without kernels/ to the same result; a user's own modules of these names do not get in the way.
+
+    PYTHONSAFEPATH: the folder of the script is not on the path, so the user's own come first.
+    """
+    shutil.copy(root / "fid.py", copied)
+    shutil.copy(root / "sagan.py", copied)
+    if kernels:
+        shutil.copytree(root / "kernels", copied / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    scored = ["--fid-every", "2", "--fid-features", "random", "--fid-samples", "8"]
+    common = ["--data", photos, "--seed", "3", "--steps", "4", "--log-every", "2"]
+    jobs = {"my_gan": [*SMALL, *scored, *common], "sagan": ["--groups", "2", *TINY, *common]}
+    commands = [[*argv, "--out", copied / name] for name, argv in jobs.items()]
+    for status, text, errors in together(copied, *commands, **({"PYTHONSAFEPATH": "1"} if kernels else {})):
+        assert status == 0 and errors == "" and "Done: 4 steps" in text, errors
+    assert [line["step"] for line in okd_train.score_lines(copied / "my_gan", 2)] == [2, 4]
+    for name, argv in jobs.items():
+        argv = [str(copied / "my_gan.py") if x == "my_gan.py" else x for x in argv]
+        train(*argv, "--out", tmp_path / name)
+        ours, theirs = checkpoint(tmp_path / name), checkpoint(copied / name)
+        if kernels:
+            assert_same(ours, theirs)
+        else:
+            near(ours, theirs, setup(*map(str, argv)).state())
+            assert [x["step"] for x in logs(copied / name)] == [2, 4]
