@@ -368,8 +368,9 @@ class Source:
     """
 
     def __init__(self, photo, box, labels, size, sides):
-        self.photo, self.box, self.labels, self.size, self.sides, self.left = photo, box, labels, size, sides, None
+        self.photo, self.box, self.labels, self.size, self.sides = photo, box, labels, size, sides
         self.least = sides[0] if box else size
+        self.left = None                # its unused windows of that side, listed when few are left
 
     def starts(self, side):
         """x_first, x_last, y_first, y_last of the windows of that side."""

@@ -796,7 +796,11 @@ def load_data(s, conditional, say):
     """--data, or the built-in set -> images uint8 (n, 3, size, size), labels int64 (n,), classes (see load_folder)."""
     if s.data:
         return load_folder(s.data, s.image_size, conditional, s.skip_bad, say)
-    images, labels, classes = beside("synthetic", "training without --data").synthetic(500, s.image_size, 0)
+    try:
+        synthetic = beside("synthetic", "training without --data")
+    except ImportError as e:                                        # it needs another file itself
+        raise UserError(str(e)) from e
+    images, labels, classes = synthetic.synthetic(500, s.image_size, 0)
     images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     return images, torch.from_numpy(np.asarray(labels, np.int64)), list(classes) if conditional else []
 

@@ -1,4 +1,4 @@
-"""crop_codebrim.py: the renderer's bytes, reading of annotations good and bad, windows to the pixel, labels, splits, whole output."""
+"""crop_codebrim.py: reading of annotations good and bad, windows to the pixel, labels, splits, whole output, cost."""
 import collections
 import concurrent.futures
 import csv
@@ -19,6 +19,7 @@ import pytest
 from PIL import Image, ImageFile
 
 import crop_codebrim as cc
+import synthetic
 from crop_codebrim import CropError, crops, read_annotations
 
 FLAGS = ["Background", "Crack", "Spallation", "Efflorescence", "ExposedBars", "CorrosionStain"]
@@ -52,7 +53,8 @@ def add(root, name, boxes, size=(300, 200), number=0, suffix=".png", xml_size=Tr
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(place_photo(*size, number)) if image is None else image
     image.save(root / "images" / f"{name}{suffix}", **save)
-    (root / "annotations" / f"{name}.xml").write_text(xml_of(boxes, size if xml_size else None, f"{name}{suffix}"), encoding="utf-8")
+    text = xml_of(boxes, size if xml_size else None, f"{name}{suffix}")
+    (root / "annotations" / f"{name}.xml").write_text(text, encoding="utf-8")
     return root / "images" / f"{name}{suffix}"
 
 
@@ -64,8 +66,9 @@ def cut_all(root, **choices):
     return list(crops(str(root), **choices))
 
 
-def run(*args, code=0, **kw):
-    done = subprocess.run([sys.executable, str(Path(cc.__file__)), *map(str, args)], capture_output=True, text=True, timeout=100, **kw)
+def run(*args, code=0, script=cc.__file__, **kw):
+    command = [sys.executable, str(script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, **kw)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     return done
@@ -85,66 +88,46 @@ def table(folder):
 def bridge(tmp_path):
     """Twelve photos of 300x200, the five classes, boxes of one to three flags, one with a short side."""
     root = tmp_path / "original_dataset"
-    kinds = [("Crack",), ("Crack",), ("Spallation", "ExposedBars", "CorrosionStain"), ("Efflorescence",), ("CorrosionStain",), ("Spallation",)]
+    kinds = [("Crack",), ("Crack",), ("Spallation", "ExposedBars", "CorrosionStain"), ("Efflorescence",),
+             ("CorrosionStain",), ("Spallation",)]
     for k in range(12):
-        add(root, f"image_{k + 1:07d}", [(1, 1, 150, 120, kinds[k % 6]), (120, 80, 300, 200, kinds[(k + 1) % 6]), (10, 150, 90, 180, kinds[k % 5])], number=k)
+        boxes = [(1, 1, 150, 120, kinds[k % 6]), (120, 80, 300, 200, kinds[(k + 1) % 6]),
+                 (10, 150, 90, 180, kinds[k % 5])]
+        add(root, f"image_{k + 1:07d}", boxes, number=k)
     return root
 
 
-# ---- renderer -------------------------------------------------------------------------------------------------------
-
-def test_synthetic_contract():
-    images, labels, classes = cc.synthetic(n=12, size=32, seed=5)
-    assert images.shape == (12, 32, 32, 3) and images.dtype == np.uint8
-    assert labels.tolist() == [k % 5 for k in range(12)] and labels.dtype == np.int64
-    assert classes == ["CorrosionStain", "Crack", "Efflorescence", "ExposedBars", "Spallation"] == sorted(classes)
-    for k in (16, 100, 256):
-        assert cc.synthetic(5, k)[0].shape == (5, k, k, 3)
-    assert cc.synthetic(0)[0].shape == (0, 64, 64, 3)
-    for bad in (dict(size=4), dict(seed=-1), dict(n=-1)):
-        with pytest.raises(ValueError, match="synthetic needs"):
-            cc.synthetic(**bad)
-
-
-def test_synthetic_bytes_are_pinned():
-    """The same digest was computed with NumPy 1.26.0 and 2.4.6, with and without AVX2 and AVX-512."""
-    for arguments, digest in {(40, 64, 0): "3c0b7c34c95853f9", (10, 16, 3): "0adcb16166ee3b63", (5, 256, 7): "4aa4e338656afaef"}.items():
-        images, labels, _ = cc.synthetic(*arguments)
-        assert hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16] == digest, arguments
-
-
-def test_synthetic_image_depends_on_its_own_number_and_seed_only():
-    few, many = cc.synthetic(7, 32, 1)[0], cc.synthetic(15, 32, 1)[0]
-    assert np.array_equal(few, many[:7])
-    assert len({i.tobytes() for i in many}) == 15
-    assert not np.array_equal(few, cc.synthetic(7, 32, 2)[0])
-
-
-def test_synthetic_classes_can_be_told_apart():
-    """Least squares on 4x4 means of the colours and of the edges, learnt on 400 pictures, sorts 200 others."""
-    def features(images):
-        x = images.astype(np.float64) / 255
-        grey = x.mean(-1)
-        maps = [x[..., 0] - x[..., 2], x[..., 0] - x[..., 1], grey, (grey - grey.mean((1, 2), keepdims=True)) ** 2, np.abs(np.gradient(grey, axis=1)), np.abs(np.gradient(grey, axis=2))]
-        f = np.concatenate([m.reshape(len(x), 4, 16, 4, 16).mean((2, 4)).reshape(len(x), -1) for m in maps], 1)
-        return np.concatenate([f, np.sort(grey.reshape(len(x), -1), 1)[:, ::256], np.ones((len(x), 1))], 1)
-    train, y, _ = cc.synthetic(400, 64, 0)
-    test, y_test, _ = cc.synthetic(200, 64, 1)
-    f = features(train)
-    w = np.linalg.solve(f.T @ f + 0.01 * np.eye(f.shape[1]), f.T @ np.eye(5)[y])
-    accuracy = ((features(test) @ w).argmax(1) == y_test).mean()
-    assert accuracy > 0.85, accuracy
-    assert train.std((1, 2)).mean(1).min() > 3                         # nobody renders a flat field
-    tones = train.mean((1, 2, 3))
-    assert tones.std() > 15                                            # and the lighting varies
-
-
+# ---- alone -----------------------------------------------------------------------------------------------------------
 def test_import_is_cheap_and_brings_no_torch():
-    code = "import sys, crop_codebrim; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'scipy', 'triton')])"
-    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, cwd=Path(cc.__file__).parent)
+    code = ("import sys, crop_codebrim\n"
+            "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'scipy', 'triton', 'synthetic')])")
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True,
+                          cwd=Path(cc.__file__).parent)
     assert done.stdout.strip() == "[]"
     own = [line for line in done.stderr.splitlines() if line.endswith("| crop_codebrim")]
-    assert int(own[0].split("|")[0].split(":")[1]) < 200_000           # microseconds of its own, without NumPy and Pillow
+    assert int(own[0].split("|")[0].split(":")[1]) < 200_000           # microseconds, without NumPy's and Pillow's
+
+
+def test_copied_alone_it_crops(tmp_path):
+    (tmp_path / "copied").mkdir()
+    script = shutil.copy(cc.__file__, tmp_path / "copied")
+    add(tmp_path / "photos", "a", [(1, 1, 150, 120, "Crack"), (120, 80, 300, 200, ("Spallation", "ExposedBars"))])
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run("../photos", "crops", "--n", 6, script=script, cwd=tmp_path / "copied", env=env)
+    rows = table(tmp_path / "copied/crops")
+    assert [r["class"] for r in rows] == ["Crack"] * 3 + ["ExposedBars"] * 3
+    whole = place_photo(300, 200)
+    for r in rows:
+        x, y = int(r["x"]), int(r["y"])
+        with Image.open(tmp_path / "copied/crops" / r["file"]) as crop:
+            assert np.array_equal(np.asarray(crop), whole[y:y + 64, x:x + 64])
+    assert {p.name for p in (tmp_path / "copied").iterdir()} - {"__pycache__"} == {"crop_codebrim.py", "crops"}
+
+
+def test_rendering_has_left(tmp_path):
+    for flags in (["--demo", tmp_path / "d"], [tmp_path, tmp_path / "c", "--photos", 3]):
+        assert run(*flags, code=2).stderr.startswith("crop_codebrim.py: error: unrecognized arguments: --")
+    assert "python synthetic.py original_dataset/" in run(code=2).stderr
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -158,7 +141,8 @@ CODEBRIM = """<?xml version='1.0' encoding='UTF-8'?>
 \t\t<name>defect</name>
 \t\t<difficult>0</difficult>
 \t\t<bndbox>\n\t\t\t<xmin>1</xmin>\n\t\t\t<ymin>1</ymin>\n\t\t\t<xmax>97</xmax>\n\t\t\t<ymax>103</ymax>\n\t\t</bndbox>
-\t\t<Defect>\n<Background>0</Background><Crack>0</Crack><Spallation>0</Spallation><Efflorescence>1</Efflorescence><ExposedBars>0</ExposedBars><CorrosionStain>1</CorrosionStain></Defect>
+\t\t<Defect>\n<Background>0</Background><Crack>0</Crack><Spallation>0</Spallation><Efflorescence>1</Efflorescence>
+<ExposedBars>0</ExposedBars><CorrosionStain>1</CorrosionStain></Defect>
 \t</object>
 </annotation>
 """
@@ -177,11 +161,13 @@ def test_reads_codebrim(tmp_path):
 def test_reads_by_tag_name_in_any_order(tmp_path):
     add(tmp_path, "a", [])
     (tmp_path / "annotations/a.xml").write_text(
-        "<annotation verified='no'><path>C:\\x\\a.png</path><object><Defect><CorrosionStain>0</CorrosionStain><Honeycombing>1</Honeycombing><Crack>1</Crack></Defect>"
-        "<bndbox><ymax>90</ymax><xmax>80.4</xmax><occluded>0</occluded><ymin>20</ymin><xmin>9.5</xmin></bndbox><pose/><name>defect</name></object>"
+        "<annotation verified='no'><path>C:\\x\\a.png</path><object>"
+        "<Defect><CorrosionStain>0</CorrosionStain><Honeycombing>1</Honeycombing><Crack>1</Crack></Defect>"
+        "<bndbox><ymax>90</ymax><xmax>80.4</xmax><occluded>0</occluded><ymin>20</ymin><xmin>9.5</xmin></bndbox>"
+        "<pose/><name>defect</name></object>"
         "<size><depth>1</depth><height>200</height><width>300</width></size><filename>zzz</filename></annotation>")
     photos, _ = read_annotations(tmp_path)
-    assert photos[0].boxes == (cc.Box(0, 9, 19, 80, 90, ("Crack", "Honeycombing")),)      # 9.5 -> 10, 80.4 -> 80; 1-based
+    assert photos[0].boxes == (cc.Box(0, 9, 19, 80, 90, ("Crack", "Honeycombing")),)      # 9.5 -> 10, 80.4 -> 80
 
 
 @pytest.mark.parametrize("box, reason", [
@@ -198,7 +184,8 @@ def test_reads_by_tag_name_in_any_order(tmp_path):
     ((10, 10, 80, 90, ("Background", "Crack")), "box that is Background and defect at once"),
     ((10, 10, 80, 90, ("Background",)), "box of Background (see --background)"),
     *[((10, 10, 80, 90, name), "box whose class cannot name a folder") for name in
-      ("../../evil", "/etc/x", "a\\b", "..", ".hidden", "CON", "nul.txt", "train", "crops.csv", "x" * 200, "a:b", "end.")],
+      ("../../evil", "/etc/x", "a\\b", "..", ".hidden", "CON", "nul.txt", "train", "crops.csv", "x" * 200, "a:b",
+       "end.")],
 ])
 def test_unusable_boxes_are_counted_and_skipped(tmp_path, box, reason):
     add(tmp_path, "a", [box, (10, 10, 100, 90, "Spallation")])
@@ -208,13 +195,17 @@ def test_unusable_boxes_are_counted_and_skipped(tmp_path, box, reason):
     assert len(cut_all(tmp_path, n=3)) == 3
 
 
+BNDBOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>90</xmax><ymax>90</ymax></bndbox>"
+
+
 @pytest.mark.parametrize("text, reason", [
     ("<object><name>Crack</name></object>", "box without coordinates"),
-    ("<object><name>Crack</name><bndbox><xmin>1</xmin><xmin>2</xmin><ymin>1</ymin><xmax>90</xmax><ymax>90</ymax></bndbox></object>", "<xmin> given twice"),
-    ("<object><name>Crack</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>90</xmax></bndbox></object>", "box whose coordinates cannot be read"),
-    ("<object><name>defect</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>90</xmax><ymax>90</ymax></bndbox><Defect><Crack>yes</Crack></Defect></object>",
+    (f"<object><name>Crack</name>{BNDBOX.replace('<ymin>', '<xmin>2</xmin><ymin>')}</object>", "<xmin> given twice"),
+    (f"<object><name>Crack</name>{BNDBOX.replace('<ymax>90</ymax>', '')}</object>",
+     "box whose coordinates cannot be read"),
+    (f"<object><name>defect</name>{BNDBOX}<Defect><Crack>yes</Crack></Defect></object>",
      "box with a flag that is neither 0 nor 1"),
-    ("<object><name>defect</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>90</xmax><ymax>90</ymax></bndbox><Defect/></object>", "box without any flag set"),
+    (f"<object><name>defect</name>{BNDBOX}<Defect/></object>", "box without any flag set"),
 ])
 def test_malformed_objects(tmp_path, text, reason):
     add(tmp_path, "a", [])
@@ -230,10 +221,12 @@ def test_boxes_are_clipped_to_the_photo(tmp_path):
 
 
 def test_one_object_per_label_on_one_box_is_one_box(tmp_path):
-    add(tmp_path, "a", [(1, 1, 90, 90, "Crack"), (1, 1, 90, 90, "Spallation"), (1, 1, 90, 90, "Crack"), (1, 1, 91, 90, "Crack")])
+    labels = [(90, "Crack"), (90, "Spallation"), (90, "Crack"), (91, "Crack")]
+    add(tmp_path, "a", [(1, 1, xmax, 90, label) for xmax, label in labels])
     photos, skipped = read_annotations(tmp_path)
     assert [(b.index, b.flags) for b in photos[0].boxes] == [(0, ("Crack", "Spallation")), (3, ("Crack",))]
     assert reasons(skipped) == {"box given again (its labels joined to the first)": 2}
+    assert all(r["Spallation"] == (r["box"] == 0) for r, _ in cut_all(tmp_path, n=4))
 
 
 BODY = xml_of([(1, 1, 90, 90, "Riß")], filename="a.png")
@@ -274,8 +267,8 @@ DOCTYPE = "<!DOCTYPE annotation [<!ENTITY a 'Crack'>]>"
     (b"<html><body/></html>", "XML that is no VOC annotation"),
     (b"<annotation/>", None),
     (b"<annotation>" + b"<a>" * 200_000 + b"</a>" * 200_000 + b"</annotation>", None),
-], ids=["doctype", "doctype-utf16", "doctype-lower", "doctype-spaced", "doctype-utf7", "doctype-ebcdic", "empty", "blank", "zeros", "noise", "cut-off", "entity", "unknown-encoding",
-        "codec", "html", "bare", "deep"])
+], ids=["doctype", "doctype-utf16", "doctype-lower", "doctype-spaced", "doctype-utf7", "doctype-ebcdic", "empty",
+        "blank", "zeros", "noise", "cut-off", "entity", "unknown-encoding", "codec", "html", "bare", "deep"])
 def test_bad_xml_is_skipped(tmp_path, data, reason):
     add(tmp_path, "good", [(1, 1, 90, 90, "Crack")])
     add(tmp_path, "a", [])
@@ -305,7 +298,8 @@ def test_a_photo_is_found_by_stem_then_by_filename(tmp_path):
     (ann / "ü ber 1.xml").write_text(xml_of([(1, 1, 90, 90, "Crack")], filename="camera.png"), encoding="utf-8")
     (ann / "ü ber 1.xml").rename(ann / (unicodedata.normalize("NFD", "ü ber 1") + ".XML"))       # as macOS unpacks it
     photos, skipped = read_annotations(tmp_path)
-    assert sorted(p.name for p in photos) == sorted(f"images/{n}" for n in ("by_name.png", "n1.png", "n2.png", "n3.png", "n4.png", "ü ber 1.PNG")), skipped
+    names = ("by_name.png", "n1.png", "n2.png", "n3.png", "n4.png", "ü ber 1.PNG")
+    assert sorted(p.name for p in photos) == sorted(f"images/{n}" for n in names), skipped
     assert len(cut_all(tmp_path, n=12)) == 12
 
 
@@ -315,7 +309,8 @@ def test_names_never_leave_the_tree(tmp_path):
     secret = tmp_path / "secret.png"
     Image.fromarray(place_photo(300, 200)).save(secret)
     for k, filename in enumerate(["../secret.png", "../../secret.png", str(secret), "..", "", "good.png\0.jpg"]):
-        (root / "annotations" / f"x{k}.xml").write_text(xml_of([(1, 1, 90, 90, "Crack")], filename=filename.replace("\0", "%00")))
+        text = xml_of([(1, 1, 90, 90, "Crack")], filename=filename.replace("\0", "%00"))
+        (root / "annotations" / f"x{k}.xml").write_text(text)
     photos, skipped = read_annotations(root)
     assert [p.name for p in photos] == ["images/good.png"]
     assert reasons(skipped) == {"annotation without a photo": 6}
@@ -323,7 +318,8 @@ def test_names_never_leave_the_tree(tmp_path):
 
 def test_macos_forks_hidden_files_and_nested_folders(tmp_path):
     add(tmp_path, "a", [(1, 1, 90, 90, "Crack")])
-    for fork in ("__MACOSX/annotations/a.xml", "annotations/._a.xml", "images/._a.png", ".trash/a.xml", "__MACOSX/images/a.png"):
+    for fork in ("__MACOSX/annotations/a.xml", "annotations/._a.xml", "images/._a.png", ".trash/a.xml",
+                 "__MACOSX/images/a.png"):
         (tmp_path / fork).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / fork).write_bytes(b"\0\5\x16\7")
     photos, skipped = read_annotations(tmp_path)
@@ -331,7 +327,7 @@ def test_macos_forks_hidden_files_and_nested_folders(tmp_path):
 
 
 def test_photos_of_one_stem(tmp_path):
-    """The same name in two folders: each XML takes the photo of its own folder, or of images/ for annotations/; else none."""
+    """The same name in two folders: each XML takes the photo of its own folder, or of images/ for annotations/."""
     for part, number in (("north", 1), ("south", 2)):
         add(tmp_path / part, "a", [(1, 1, 90, 90, "Crack")], number=number)
     photos, skipped = read_annotations(tmp_path)
@@ -352,7 +348,8 @@ def test_second_annotation_of_a_photo(tmp_path):
     add(tmp_path, "a", [(1, 1, 90, 90, "Crack")])
     shutil.copy(tmp_path / "annotations/a.xml", tmp_path / "images/a.xml")
     photos, skipped = read_annotations(tmp_path)
-    assert len(photos) == 1 and [tuple(s) for s in skipped] == [("annotation", "images/a.xml", "second annotation of a photo")]
+    assert len(photos) == 1
+    assert [tuple(s) for s in skipped] == [("annotation", "images/a.xml", "second annotation of a photo")]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
@@ -385,11 +382,14 @@ def broken_photos(root):
     Image.fromarray(place_photo(300, 200)).save(root / "images/contradicts.png")
     (root / "annotations/taller.xml").write_text(xml_of(box, size=(300, 201)))
     Image.fromarray(place_photo(300, 200)).save(root / "images/taller.png")
-    add(root, "float", box, suffix=".tif", image=Image.fromarray(np.random.default_rng(0).random((200, 300), dtype=np.float32)))
+    floats = Image.fromarray(np.random.default_rng(0).random((200, 300), dtype=np.float32))
+    add(root, "float", box, suffix=".tif", image=floats)
     add(root, "deep", box, suffix=".tif", image=Image.fromarray(np.full((200, 300), 10 ** 6, np.int32)))
-    damaged = "photo that is truncated or damaged"
-    return {"cut_jpg.jpg": damaged, "cut_png.png": damaged, "cut_tif.tif": damaged, "flipped.png": damaged, "empty.jpg": "empty photo", "text.jpg": "photo that cannot be opened",
-            "eps.jpg": "photo that cannot be opened", "tiny.png": "photo smaller than 64", "contradicts.png": "photo whose size contradicts its annotation", "taller.png": "photo whose size contradicts its annotation",
+    damaged, no_photo = "photo that is truncated or damaged", "photo that cannot be opened"
+    contradicts = "photo whose size contradicts its annotation"
+    return {"cut_jpg.jpg": damaged, "cut_png.png": damaged, "cut_tif.tif": damaged, "flipped.png": damaged,
+            "empty.jpg": "empty photo", "text.jpg": no_photo, "eps.jpg": no_photo, "tiny.png": "photo smaller than 64",
+            "contradicts.png": contradicts, "taller.png": contradicts,
             "float.tif": "photo of float values", "deep.tif": "photo of 32-bit values"}
 
 
@@ -411,7 +411,8 @@ def test_same_crops_as_if_broken_photos_had_other_workers(tmp_path):
     for k in range(3):
         add(tmp_path, f"good{k}", [(1, 1, 90, 90, "Crack")], number=k)
     one, four = cut_all(tmp_path, n=60, workers=1), cut_all(tmp_path, n=60, workers=4)
-    assert [r for r, _ in one] == [r for r, _ in four] and all(np.array_equal(a, b) for (_, a), (_, b) in zip(one, four))
+    assert [r for r, _ in one] == [r for r, _ in four]
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(one, four))
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):
@@ -420,7 +421,8 @@ def test_decompression_bomb(tmp_path, monkeypatch):
     add(tmp_path, "worse", [(1, 1, 90, 90, "Crack")], size=(20000, 20000), image=Image.new("1", (20000, 20000)))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     photos, skipped = read_annotations(tmp_path)
-    assert [p.name for p in photos] == ["images/good.png"] and reasons(skipped) == {"photo too large (decompression bomb?)": 2}
+    assert [p.name for p in photos] == ["images/good.png"]
+    assert reasons(skipped) == {"photo too large (decompression bomb?)": 2}
 
 
 def test_modes(tmp_path):
@@ -433,13 +435,17 @@ def test_modes(tmp_path):
     palette = palette.convert("P")
     palette.putpalette([v for i in range(256) for v in (i, i, i)])
     palette.putdata(ramp.reshape(-1).tolist())
-    kinds = {"grey.png": grey, "grey.jpg": grey, "rgb.JPEG": grey.convert("RGB"), "rgba.png": grey.convert("RGBA"), "cmyk.jpg": grey.convert("RGB").convert("CMYK"),
-             "palette.png": palette, "wide.png": Image.fromarray(wide), "wide.tif": Image.fromarray(wide), "int.tiff": Image.fromarray(wide.astype(np.int32)),
-             "la.png": grey.convert("LA"), "bmp.BMP": grey, "progressive.jpg": grey.convert("RGB"), "webp.webp": grey.convert("RGB")}
+    colour = grey.convert("RGB")
+    kinds = {"grey.png": grey, "grey.jpg": grey, "rgb.JPEG": colour, "rgba.png": grey.convert("RGBA"),
+             "cmyk.jpg": colour.convert("CMYK"), "palette.png": palette, "wide.png": Image.fromarray(wide),
+             "wide.tif": Image.fromarray(wide), "int.tiff": Image.fromarray(wide.astype(np.int32)),
+             "la.png": grey.convert("LA"), "bmp.BMP": grey, "progressive.jpg": colour, "webp.webp": colour}
     for name, image in kinds.items():
         stem, suffix = os.path.splitext(name)
-        options = dict(progressive=True) if stem == "progressive" else dict(lossless=True) if suffix == ".webp" else {}
-        add(tmp_path, stem + suffix[1:], box, suffix=suffix, image=image, **(dict(quality=100, **options) if suffix.lower().startswith(".jp") else options))
+        options = {"progressive": dict(progressive=True), "webp": dict(lossless=True)}.get(stem, {})
+        if suffix.lower().startswith(".jp"):
+            options["quality"] = 100
+        add(tmp_path, stem + suffix[1:], box, suffix=suffix, image=image, **options)
     alpha = grey.convert("RGBA")
     alpha.putalpha(Image.new("L", grey.size, 0))
     add(tmp_path, "transparent", box, image=alpha)
@@ -469,7 +475,8 @@ def test_exif_orientation_is_ignored(tmp_path):
         if row["photo"].endswith("png"):
             assert image[0, 0].tolist()[:2] == [row["x"], row["y"]]
         else:
-            assert abs(image[:, 0, 0].astype(float).mean() - row["x"]) < 6 and abs(image[0, :, 1].astype(float).mean() - row["y"]) < 6
+            assert abs(image[:, 0, 0].astype(float).mean() - row["x"]) < 6
+            assert abs(image[0, :, 1].astype(float).mean() - row["y"]) < 6
 
 
 # ---- windows to the pixel -------------------------------------------------------------------------------------------
@@ -539,7 +546,8 @@ def test_window_box(tmp_path):
         assert image.shape == (64, 64, 3)
         if r["box"] < 2:
             assert x0 - 1 <= x and x + side <= x1 and y0 - 1 <= y and y + side <= y1
-            whole = Image.fromarray(place_photo(300, 200, 3)).crop((x, y, x + side, y + side)).resize((64, 64), Image.Resampling.LANCZOS)
+            whole = Image.fromarray(place_photo(300, 200, 3)).crop((x, y, x + side, y + side))
+            whole = whole.resize((64, 64), Image.Resampling.LANCZOS)
             assert np.array_equal(image, np.asarray(whole))
     assert min(sides[0]) >= 80 and max(sides[0]) <= 160 and min(sides[0]) < 85 and max(sides[0]) > 155
     assert min(sides[1]) >= 50 and max(sides[1]) <= 100
@@ -548,7 +556,7 @@ def test_window_box(tmp_path):
 
 def test_window_box_is_antialiased(tmp_path):
     stripes = np.zeros((512, 512, 3), np.uint8)
-    stripes[:, ::2] = 255                                              # finer than the crop's pixels: must come out grey
+    stripes[:, ::2] = 255                                              # finer than the crop's pixels: must become grey
     add(tmp_path, "a", [(1, 1, 512, 512, "Crack")], size=(512, 512), image=Image.fromarray(stripes))
     for _, image in cut_all(tmp_path, n=5, window="box"):
         assert 110 < image.min() and image.max() < 145
@@ -558,7 +566,9 @@ def test_size(tmp_path):
     add(tmp_path, "a", [(1, 1, 300, 200, "Crack")])
     for size in (16, 128):
         for r, image in cut_all(tmp_path, n=4, size=size):
-            assert image.shape == (size, size, 3) and np.array_equal(image, place_photo(300, 200)[r["y"]:r["y"] + size, r["x"]:r["x"] + size])
+            x, y = r["x"], r["y"]
+            assert image.shape == (size, size, 3)
+            assert np.array_equal(image, place_photo(300, 200)[y:y + size, x:x + size])
 
 
 # ---- which windows, which labels ------------------------------------------------------------------------------------
@@ -583,20 +593,23 @@ def test_every_box_once_before_any_twice(bridge):
 
 def test_label_rarest_single_random(tmp_path):
     triple = ("Spallation", "ExposedBars", "CorrosionStain")
-    add(tmp_path, "a", [(1, 1, 90, 90, triple), (100, 1, 190, 90, ("Spallation",)), (200, 1, 300, 90, ("CorrosionStain",))])
-    add(tmp_path, "b", [(1, 1, 90, 90, ("Spallation",)), (100, 1, 190, 90, ("CorrosionStain", "Spallation"))])
+    single, stain = ("Spallation",), ("CorrosionStain",)
+    add(tmp_path, "a", [(1, 1, 90, 90, triple), (100, 1, 190, 90, single), (200, 1, 300, 90, stain)])
+    add(tmp_path, "b", [(1, 1, 90, 90, single), (100, 1, 190, 90, ("CorrosionStain", "Spallation"))])
+    flags = {"images/a.png": [triple, single, stain], "images/b.png": [single, ("CorrosionStain", "Spallation")]}
     by = collections.defaultdict(set)
     for r, _ in cut_all(tmp_path, n=50):
         by[r["photo"], r["box"]].add(r["class"])
-        assert [f for f in FLAGS if r[f]] == sorted(([triple, ("Spallation",), ("CorrosionStain",)], [("Spallation",), ("CorrosionStain", "Spallation")])
-                                                     [r["photo"] == "images/b.png"][r["box"]], key=FLAGS.index)
-    assert by == {("images/a.png", 0): {"ExposedBars"}, ("images/a.png", 1): {"Spallation"}, ("images/a.png", 2): {"CorrosionStain"},
+        assert [f for f in FLAGS if r[f]] == sorted(flags[r["photo"]][r["box"]], key=FLAGS.index)
+    assert by == {("images/a.png", 0): {"ExposedBars"}, ("images/a.png", 1): {"Spallation"},
+                  ("images/a.png", 2): {"CorrosionStain"},
                   ("images/b.png", 0): {"Spallation"}, ("images/b.png", 1): {"CorrosionStain"}}
     skipped = []
     single = cut_all(tmp_path, n=50, label="single", skipped=skipped)
     assert {(r["photo"][7], r["box"]) for r, _ in single} == {("a", 1), ("a", 2), ("b", 0)}
     assert reasons(skipped) == {"box of several classes (--label single)": 2}
-    drawn = collections.Counter(r["class"] for r, _ in cut_all(tmp_path, n=300, label="random") if r["photo"][7] == "a" and r["box"] == 0)
+    many = [r for r, _ in cut_all(tmp_path, n=300, label="random")]
+    drawn = collections.Counter(r["class"] for r in many if (r["photo"], r["box"]) == ("images/a.png", 0))
     assert set(drawn) == set(triple) and min(drawn.values()) >= 8      # 60 draws, 20 each
 
 
@@ -624,9 +637,11 @@ def test_balance_leaves_shared_windows_to_the_class_that_has_no_others(tmp_path)
 
 
 def test_background_touches_no_box(tmp_path):
-    taken = [(50, 40, 120, 90, ("Crack",)), (200, 100, 210, 110, ()), (280, 1, 300, 20, ("Background",)), (1, 150, 20, 170, ("Spallation",))]
+    taken = [(50, 40, 120, 90, ("Crack",)), (200, 100, 210, 110, ()), (280, 1, 300, 20, ("Background",)),
+             (1, 150, 20, 170, ("Spallation",))]
     add(tmp_path, "a", taken)
-    add(tmp_path, "unsure", [(1, 1, 80, 80, ("Crack",)), (90, 1, 80, 80, ("Crack",))], number=2)      # a defect of which nobody knows the place
+    nowhere = (90, 1, 80, 80, ("Crack",))                              # a defect of which nobody knows the place
+    add(tmp_path, "unsure", [(1, 1, 80, 80, ("Crack",)), nowhere], number=2)
     rows = cut_all(tmp_path, n=10, background=300)
     background = [(r, i) for r, i in rows if r["class"] == "Background"]
     assert len(rows) == 310 and len(background) == 300
@@ -636,12 +651,13 @@ def test_background_touches_no_box(tmp_path):
         x, y = r["x"], r["y"]
         assert np.array_equal(image, place_photo(300, 200)[y:y + 64, x:x + 64])
         for xmin, ymin, xmax, ymax, flags in taken:
-            if flags != ("Background",):                               # such a box is no defect; a box without flags may be one
+            if flags != ("Background",):                               # which is no defect; without flags may be one
                 assert x + 64 <= xmin - 1 or x >= xmax or y + 64 <= ymin - 1 or y >= ymax
 
 
 def test_background_is_counted_exactly(tmp_path):
-    add(tmp_path, "a", [(1, 1, 300, 130, "Crack")])                    # below it 70 rows: 7 x 237 starts
+    boxes = [(1, 1, 300, 130, "Crack"), (1, 131, 300, 200, "Background")]
+    add(tmp_path, "a", boxes)                                          # below the crack 70 rows: 7 x 237 starts
     assert len(cut_all(tmp_path, n=0, background=1659)) == 1659
     with pytest.raises(CropError, match="1660 windows without a defect wanted, 1659 distinct ones exist"):
         cut_all(tmp_path, n=0, background=1660)
@@ -662,7 +678,8 @@ def test_small_skip(bridge):
 
 
 def test_bad_arguments(bridge):
-    for bad in (dict(window="x"), dict(label="x"), dict(small="x"), dict(n=-1), dict(size=0), dict(workers=0), dict(split={}), dict(split={"a": 0})):
+    for bad in (dict(window="x"), dict(label="x"), dict(small="x"), dict(n=-1), dict(size=0), dict(workers=0),
+                dict(split={}), dict(split={"a": 0})):
         with pytest.raises(ValueError):
             cut_all(bridge, **bad)
 
@@ -674,7 +691,8 @@ SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 def test_no_photo_on_two_sides(tmp_path):
     for k in range(40):
-        add(tmp_path, f"p{k:02d}", [(1, 1, 150, 150, ["Crack", "Crack", "Spallation", "Efflorescence"][k % 4])], size=(300 + k, 200))
+        label = ["Crack", "Crack", "Spallation", "Efflorescence"][k % 4]
+        add(tmp_path, f"p{k:02d}", [(1, 1, 150, 150, label)], size=(300 + k, 200))
     for seed in range(3):
         rows = [r for r, _ in cut_all(tmp_path, n=400, split=SHARES, background=20, seed=seed)]
         sides = collections.defaultdict(set)
@@ -682,20 +700,25 @@ def test_no_photo_on_two_sides(tmp_path):
             sides[r["photo"]].add(r["split"])
             assert r["file"].startswith(f"{r['split']}/{r['class']}/")
         assert all(len(s) == 1 for s in sides.values())
-        assert collections.Counter(r["split"] for r in rows if r["class"] != "Background") == {"train": 280, "val": 60, "test": 60}
+        parts = collections.Counter(r["split"] for r in rows if r["class"] != "Background")
+        assert parts == {"train": 280, "val": 60, "test": 60}
         photos = collections.Counter(next(iter(s)) for s in sides.values())
         assert photos == {"train": 28, "val": 6, "test": 6}
-        assert all({r["class"] for r in rows if r["split"] == s} >= {"Crack", "Spallation", "Efflorescence"} for s in SHARES)      # the rare ones are spread too
+        for part in SHARES:                                            # the rare classes are spread too
+            assert {r["class"] for r in rows if r["split"] == part} >= {"Crack", "Spallation", "Efflorescence"}
     first = {r["photo"]: r["split"] for r, _ in cut_all(tmp_path, n=400, split=SHARES, seed=0)}
     assert first != {r["photo"]: r["split"] for r, _ in cut_all(tmp_path, n=400, split=SHARES, seed=1)}
-    assert first == {r["photo"]: r["split"] for r, _ in cut_all(tmp_path, n=400, split=SHARES, seed=0, window="box", balance=True)}      # one split for all choices
+    others = cut_all(tmp_path, n=400, split=SHARES, seed=0, window="box", balance=True)
+    assert first == {r["photo"]: r["split"] for r, _ in others}        # one split for all choices
 
 
 def test_equal_files_stay_together(tmp_path):
     for k in range(20):
         add(tmp_path, f"p{k:02d}", [(1, 1, 150, 150, "Crack")], number=k // 2)        # each photo twice under two names
-    side = {r["photo"]: r["split"] for r, _ in cut_all(tmp_path, n=200, split={"train": 0.5, "test": 0.5})}
-    assert len(side) == 20 and all(side[f"images/p{k:02d}.png"] == side[f"images/p{k + 1:02d}.png"] for k in range(0, 20, 2))
+    rows = cut_all(tmp_path, n=200, split={"train": 0.5, "test": 0.5})
+    side = {r["photo"]: r["split"] for r, _ in rows}
+    assert len(side) == 20
+    assert all(side[f"images/p{k:02d}.png"] == side[f"images/p{k + 1:02d}.png"] for k in range(0, 20, 2))
     assert set(side.values()) == {"train", "test"}
 
 
@@ -710,11 +733,13 @@ def test_split_that_lacks_photos(tmp_path):
 def test_command_writes_what_it_says(bridge, tmp_path):
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in bridge.rglob("*") if p.is_file()}
     (bridge / "annotations/late.xml").write_text("<html/>")
-    done = run(bridge, tmp_path / "crops", "--n", 50, "--background", 7, "--sheet", tmp_path / "sheet.png", "--batch", code=2)
+    sheet = tmp_path / "sheet.png"
+    done = run(bridge, tmp_path / "crops", "--n", 50, "--background", 7, "--sheet", sheet, "--batch", code=2)
     assert done.stderr.count("\n") == 1 and not (tmp_path / "crops").exists()
-    done = run(bridge, tmp_path / "crops", "--n=50", "--background", 7, "--sheet", tmp_path / "sheet.png", "--workers", 2)
+    done = run(bridge, tmp_path / "crops", "--n=50", "--background", 7, "--sheet", sheet, "--workers", 2)
     rows = table(tmp_path / "crops")
-    assert list(rows[0]) == ["file", "photo", "box", "x", "y", "side", "Background", "CorrosionStain", "Crack", "Efflorescence", "ExposedBars", "Spallation", "class", "split"]
+    assert list(rows[0]) == ["file", "photo", "box", "x", "y", "side", "Background", "CorrosionStain", "Crack",
+                             "Efflorescence", "ExposedBars", "Spallation", "class", "split"]
     files = {p.relative_to(tmp_path / "crops").as_posix() for p in (tmp_path / "crops").rglob("*.png")}
     assert files == {r["file"] for r in rows} and len(rows) == 57
     for r in rows:
@@ -730,16 +755,17 @@ def test_command_writes_what_it_says(bridge, tmp_path):
     assert ["all", "12", "57"] in lines
     assert "1  XML that is no VOC annotation: annotations/late.xml" in done.stdout
     with open(tmp_path / "crops/skipped.csv", newline="") as f:
-        assert list(csv.reader(f)) == [["what", "where", "reason"], ["annotation", "annotations/late.xml", "XML that is no VOC annotation"]]
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.height == len(counts) * 66
+        assert list(csv.reader(f)) == [["what", "where", "reason"],
+                                       ["annotation", "annotations/late.xml", "XML that is no VOC annotation"]]
+    with Image.open(sheet) as drawn:
+        assert drawn.height == len(counts) * 66
     (bridge / "annotations/late.xml").unlink()
-    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in bridge.rglob("*") if p.is_file()}      # the input is as it was
+    after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in bridge.rglob("*") if p.is_file()}
+    assert before == after                                             # the input is as it was
 
 
 def test_sheet_has_a_row_per_class(bridge, tmp_path):
-    choices = dict(n=60, size=64, seed=0, workers=1, window="native", label="rarest", balance=False, background=0, small="around", split=None)
-    cc.crop_folder(bridge, tmp_path / "c", tmp_path / "sheet.png", **choices)
+    cc.crop_folder(bridge, tmp_path / "c", tmp_path / "sheet.png", n=60)
     rows = table(tmp_path / "c")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     for j, name in enumerate(sorted({r["class"] for r in rows})):
@@ -758,7 +784,8 @@ def test_split_layout(bridge, tmp_path):
 
 
 def test_same_bytes_for_any_workers_and_directory_order(bridge, tmp_path, monkeypatch):
-    choices = dict(n=70, size=64, seed=3, window="box", label="random", balance=True, background=9, small="around", split={"train": 0.5, "test": 0.5})
+    choices = dict(n=70, size=64, seed=3, window="box", label="random", balance=True, background=9,
+                   split={"train": 0.5, "test": 0.5})
     copy = tmp_path / "copy"
     broken_photos(bridge)                                              # skipped.csv, too, must not depend on the order
     for k in range(4):
@@ -805,7 +832,8 @@ def test_each_chosen_photo_is_decoded_once_and_no_other(bridge, monkeypatch):
 
 def test_replacing_a_broken_photo_prefers_photos_not_yet_decoded(tmp_path, monkeypatch):
     for k in range(12):
-        add(tmp_path, f"p{k:02d}", [(1, 1, 150, 150, "Crack"), (51, 1, 200, 150, "Crack"), (101, 1, 250, 150, "Crack")], number=k)
+        boxes = [(1, 1, 150, 150, "Crack"), (51, 1, 200, 150, "Crack"), (101, 1, 250, 150, "Crack")]
+        add(tmp_path, f"p{k:02d}", boxes, number=k)
     for k in range(4):
         path = tmp_path / f"images/p{k:02d}.png"
         data = bytearray(path.read_bytes())
@@ -823,9 +851,10 @@ def test_replacing_a_broken_photo_prefers_photos_not_yet_decoded(tmp_path, monke
 def test_killed_half_way_nothing_has_the_final_name(bridge, tmp_path, how, code):
     out = tmp_path / "out"
     out.mkdir()
-    process = subprocess.Popen([sys.executable, str(Path(cc.__file__)), bridge, out / "crops", "--n", "30000", "--sheet", out / "sheet.png", "--workers", "1"],
-                               stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a shell's background jobs ignore it
+    command = [sys.executable, str(Path(cc.__file__)), bridge, out / "crops", "--n", "30000", "--workers", "1",
+               "--sheet", out / "sheet.png"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # a shell ignores it
     until = time.monotonic() + 30
     while not list(out.rglob("*.png")) and time.monotonic() < until:
         time.sleep(0.01)
@@ -835,7 +864,7 @@ def test_killed_half_way_nothing_has_the_final_name(bridge, tmp_path, how, code)
     left = [p.name for p in out.iterdir()]
     assert "crops" not in left and "sheet.png" not in left
     assert how == signal.SIGKILL or left == []                         # who may still tidy up does
-    run(bridge, out / "crops", "--n", 10)                              # and the next run is not in the way of a dead one
+    run(bridge, out / "crops", "--n", 10)                              # a dead run is not in the way of the next
     assert len(table(out / "crops")) == 10
 
 
@@ -856,7 +885,8 @@ def test_the_last_step_is_one_renaming(bridge, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(target))
     monkeypatch.setattr(Path, "rename", refuse)
     assert cc.main([str(bridge), str(tmp_path / "crops"), "--n", "5"]) == 2
-    assert seen == [7] and [p.name for p in tmp_path.iterdir()] == ["original_dataset"]      # five crops and two tables were complete
+    assert seen == [7]                                                 # five crops and two tables were complete
+    assert [p.name for p in tmp_path.iterdir()] == ["original_dataset"]
 
 
 def test_all_broken_is_one_line(tmp_path):
@@ -882,7 +912,8 @@ def test_underscores_and_an_empty_target(bridge, tmp_path):
 
 def test_odd_names(tmp_path):
     root = tmp_path / "d ü 日本"
-    names = ["with space", "日本", "a_1", "a", "x" * 200, "-dash", "50%", "quote'\"", "line\nbreak" if os.name == "posix" else "l"]
+    names = ["with space", "日本", "a_1", "a", "x" * 200, "-dash", "50%", "quote'\"",
+             "line\nbreak" if os.name == "posix" else "l"]
     for k, name in enumerate(names):
         add(root, name, [(1, 1, 90, 90, "Riß 日本")], number=k)
     done = run(root, tmp_path / "crops", "--n", 50, env={**os.environ, "PYTHONIOENCODING": "ascii"})
@@ -916,55 +947,10 @@ def test_progress(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == ["2/8 photos, 6 crops, 60 s left", "4/8 photos, 12 crops, 40 s left"]
 
 
-# ---- demo -----------------------------------------------------------------------------------------------------------
-
-def test_demo_is_a_codebrim(tmp_path):
-    run("--demo", tmp_path / "one", "--photos", 6, "--seed", 2)
-    cc.demo(tmp_path / "two", 6, seed=2, workers=3)
-    one = tree(tmp_path / "one")
-    assert one == tree(tmp_path / "two")
-    assert sum(n.endswith(".jpg") for n in one) == 6 and sum(n.endswith(".xml") for n in one) == 5       # one photo has no annotation, as in CODEBRIM
-    sizes, orientation = set(), []
-    for n in one:
-        if n.endswith(".jpg"):
-            with Image.open(tmp_path / "one" / n) as photo:
-                sizes.add(photo.size)
-                orientation.append(photo.getexif().get(0x0112))
-    assert min(w * h for w, h in sizes) >= 1280 * 960 and len(sizes) == 6 and 3 in orientation
-    photos, skipped = read_annotations(tmp_path / "one")
-    assert reasons(skipped) == {"photo without annotation": 1}
-    assert any(len(b.flags) == 3 for p in photos for b in p.boxes)
-    assert {f for p in photos for b in p.boxes for f in b.flags} == set(FLAGS[1:])
-    text = one["annotations/image_0000001.xml"].decode()
-    tags = [line.strip("\t<").split(">")[0] for line in text.splitlines()[1:] if line.strip("\t").startswith("<") and not line.strip("\t").startswith("</")]
-    assert tags[:10] == ["annotation", "folder", "filename", "size", "width", "height", "depth", "object", "name", "difficult"]
-    assert tags[10:21] == ["bndbox", "xmin", "ymin", "xmax", "ymax", "Defect", *FLAGS[:5]] and tags[21] == FLAGS[5]
-    run(tmp_path / "one", tmp_path / "crops", "--n", 300, "--split", "train=0.5,test=0.5")
-    assert len({r["class"] for r in table(tmp_path / "crops")}) == 5
-
-
-def test_demo_defects_lie_in_their_boxes():
-    """The same photo rendered without defects differs from it inside the boxes, up to the blur of one pixel, and nowhere else."""
-    with_defects, boxes = cc.demo_photo(3, 0)
-    paint = dict(cc.PAINT)
-    try:
-        cc.PAINT.update({k: lambda *a: None for k in paint})
-        without, same = cc.demo_photo(3, 0)
-    finally:
-        cc.PAINT.update(paint)
-    assert boxes == same and len(boxes) >= 3
-    changed = (with_defects != without).any(-1)
-    for xmin, ymin, xmax, ymax, _ in boxes:
-        inside = changed[ymin - 1:ymax, xmin - 1:xmax]
-        assert inside.mean() > 0.02
-        changed[ymin - 1:ymax, xmin - 1:xmax] = False
-    assert not changed.any()
-
-
 # ---- real data, cost ------------------------------------------------------------------------------------------------
 
 def test_real_voc_set(shared, tmp_path):
-    """NEU-DET: 1800 photos of 200x200, 4189 boxes, 188 of them named otherwise than their file, 174 <filename>s without suffix."""
+    """NEU-DET: 1800 photos of 200x200, 4189 boxes; 188 of another class than their file, 174 <filename>s cut."""
     neu = shared / "data/neu"
     photos, skipped = read_annotations(neu)
     assert len(photos) == 1800 and reasons(skipped) == {"box given again (its labels joined to the first)": 3}
@@ -973,16 +959,20 @@ def test_real_voc_set(shared, tmp_path):
     shorter = [min(b.x1 - b.x0, b.y1 - b.y0) for b in boxes]
     longer = [max(b.x1 - b.x0, b.y1 - b.y0) for b in boxes]
     assert sum(s >= 64 for s in shorter) == 1282                       # counted inclusively: xmax - xmin + 1
-    assert sum(s < 64 < l for s, l in zip(shorter, longer)) == 1915    # 1916 with the boxes given twice: the per-axis rule is no corner case
+    assert sum(s < 64 < l for s, l in zip(shorter, longer)) == 1915    # 1916 with those given twice: no corner case
     by_name = {p.name: p for p in photos}
     rows = list(crops(photos, n=2642, workers=2))
     assert len({(r["photo"], r["x"], r["y"]) for r, _ in rows}) == 2642
-    assert {r["class"] for r, _ in rows} == {"crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches"}
+    assert {r["class"] for r, _ in rows} == {"crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale",
+                                             "scratches"}
     for r, image in rows:
         b = next(b for b in by_name[r["photo"]].boxes if b.index == r["box"])
         assert b.flags == (r["class"],) and 0 <= r["x"] <= 136 and 0 <= r["y"] <= 136
         for start, first, last in ((r["x"], b.x0, b.x1), (r["y"], b.y0, b.y1)):
-            assert first <= start and start + 64 <= last if last - first >= 64 else start <= first and last <= start + 64
+            if last - first >= 64:
+                assert first <= start and start + 64 <= last
+            else:
+                assert start <= first and last <= start + 64
     for r, image in rows[::97]:
         with Image.open(by_name[r["photo"]].path) as photo:
             assert np.array_equal(image, np.asarray(photo.convert("RGB"))[r["y"]:r["y"] + 64, r["x"]:r["x"] + 64])
@@ -992,7 +982,7 @@ def test_real_voc_set(shared, tmp_path):
 def big(tmp_path_factory):
     """Ten photos of CODEBRIM's commonest sizes, 16 to 24 megapixels, three boxes each."""
     root = tmp_path_factory.mktemp("big")
-    tile = cc.finish(cc.concrete(cc.Dice(0), 700, 900, 420.0, (0.0, -1.0)), cc.Dice(1))
+    tile = synthetic.finish(synthetic.concrete(cc.Dice(0), 700, 900, 420.0, (0.0, -1.0)), cc.Dice(1))
     for k, (w, h) in enumerate([(4608, 3456)] * 5 + [(6000, 3376)] * 3 + [(6000, 4000)] * 2):
         boxes = [(200 + 700 * j + 13 * k, 300 + 500 * j, 800 + 700 * j, 900 + 500 * j, "Crack") for j in range(3)]
         image = Image.fromarray(np.tile(np.roll(tile, 31 * k, 1), (-(-h // 700), -(-w // 900), 1))[:h, :w])
@@ -1005,21 +995,18 @@ def decode_only(root):
         for path in sorted((root / "images").iterdir()):
             with Image.open(path) as image:
                 image.load()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:             # in a thread, as in crops(): glibc's heaps differ
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:             # a thread, as in crops(): glibc's heaps differ
         pool.submit(load).result()
 
 
-CHOICES = dict(size=64, seed=0, window="native", label="rarest", balance=False, background=0, small="around", split=None)
-
-
 def test_processor_time_is_that_of_decoding_once(big, tmp_path):
-    """Reading the annotations, choosing, decoding, cutting and writing of 3 crops a photo against decoding the ten photos alone."""
+    """Reading, choosing, decoding, cutting and writing of 3 crops a photo against decoding the ten photos alone."""
     ratios = []
     for k in range(5):
         start = time.process_time()
         decode_only(big)
         middle = time.process_time()
-        cc.crop_folder(big, tmp_path / f"c{k}", n=30, workers=1, **CHOICES)
+        cc.crop_folder(big, tmp_path / f"c{k}", n=30)
         ratios.append((time.process_time() - middle) / (middle - start))
     assert sorted(ratios)[2] <= 1.15, ratios
 
@@ -1032,23 +1019,24 @@ def spin(n):
 def test_two_workers_halve_the_time(big, tmp_path):
     def pair(target, arguments):
         start = time.perf_counter()
-        processes = [multiprocessing.get_context("fork" if os.name == "posix" else "spawn").Process(target=target, args=a) for a in arguments]
+        context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
+        processes = [context.Process(target=target, args=a) for a in arguments]
         [p.start() for p in processes]
         [p.join() for p in processes]
         return time.perf_counter() - start
     if (os.cpu_count() or 1) < 2:
         pytest.skip("one core")
-    many = tmp_path / "many"                                           # thirty photos: one photo more on one side is no tenth of the time
+    many = tmp_path / "many"                                           # thirty: one more on one side matters little
     for path in sorted(p for p in big.rglob("*") if p.is_file()):
         (many / path.parent.name).mkdir(parents=True, exist_ok=True)
         for k in "abc":
             os.link(path, many / path.parent.name / (k + path.name))
     best, free = {1: float("inf"), 2: float("inf")}, []
-    for k in range(6):                                                 # other load only ever adds time: the best round of each is nearest the truth
+    for k in range(6):                                                 # other load only adds time: the best counts
         free.append(pair(spin, [(4_000_000,)] * 2) / pair(spin, [(4_000_000,)]))
         for workers in best:
             start = time.perf_counter()
-            cc.crop_folder(many, tmp_path / f"c{k}_{workers}", n=90, workers=workers, **CHOICES)
+            cc.crop_folder(many, tmp_path / f"c{k}_{workers}", n=90, workers=workers)
             best[workers] = min(best[workers], time.perf_counter() - start)
         if k >= 2 and best[2] <= 0.6 * best[1]:
             return
@@ -1062,8 +1050,11 @@ def test_two_workers_halve_the_time(big, tmp_path):
 def test_peak_memory(big, tmp_path, workers):
     # VmHWM, not ru_maxrss: that one keeps the size of the parent that forked
     script = ("import sys, crop_codebrim as c\n"
-              "code = c.main(sys.argv[1:]); print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); sys.exit(code)")
-    done = subprocess.run([sys.executable, "-c", script, str(big), str(tmp_path / "c"), "--n", "90", "--workers", str(workers)], capture_output=True, text=True,
+              "code = c.main(sys.argv[1:])\n"
+              "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+              "sys.exit(code)")
+    command = [sys.executable, "-c", script, big, tmp_path / "c", "--n", "90", "--workers", str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True,
                           cwd=Path(cc.__file__).parent)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.rsplit("peak", 1)[1]) / 1024 <= 300 + 80 * workers

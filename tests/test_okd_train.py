@@ -972,6 +972,11 @@ def test_copied_alone_it_says_what_it_needs(copied, photos):
                          (data, "reading images needs fid.py")):
         line = f"okd_train.py: error: {needs} beside okd_train.py; it is not in {copied}\n"
         assert found == (2, "", line)
+    shutil.copy(okd_train.__file__.replace("okd_train.py", "synthetic.py"), copied)
+    (status, _, line), = together(copied, SMALL)
+    (copied / "synthetic.py").unlink()
+    assert status == 2 and line.count("\n") == 1
+    assert line.startswith("okd_train.py: error: rendering needs crop_codebrim.py")
     assert not (copied / "runs").exists()
 
 
