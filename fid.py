@@ -32,6 +32,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import sys
 import time
 import warnings
@@ -50,6 +51,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS_NAME
 WEIGHTS_SHA256 = "6726825d"     # the file's sha256 begins so
+SILENCE = 30                    # seconds after which a server that says nothing is given up
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 RANDOM_SEEDS = (0, 1, 2, 3, 4)  # one random network each
 RANDOM_WIDTH = 256              # features of each
@@ -597,7 +599,9 @@ def _download(file):
     """Fetch the standard weights to `file`; torch checks and renames: nothing half-written has the final name."""
     import torch
     _say(f"downloading {WEIGHTS_URL}")
+    usual = socket.getdefaulttimeout()
     try:
+        socket.setdefaulttimeout(SILENCE)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(WEIGHTS_URL, str(file), WEIGHTS_SHA256, progress=sys.stderr.isatty())
     except Exception as e:                      # no network, a full disk, an answer that breaks off: one type each
@@ -605,6 +609,8 @@ def _download(file):
         reason = wrong_hash or getattr(e, "reason", None) or getattr(e, "strerror", None) or e
         raise FidError(f"no Inception weights and no download ({reason}): bring {WEIGHTS_URL} to {file}, "
                        "or name a file with --weights or FID_WEIGHTS") from None
+    finally:
+        socket.setdefaulttimeout(usual)
 
 
 def _digest(file):

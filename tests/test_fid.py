@@ -696,6 +696,18 @@ def test_weights_are_downloaded_checked_and_renamed(no_network, monkeypatch, wei
     assert list(no_network.parent.iterdir()) == [no_network]
 
 
+def test_a_server_that_says_nothing_is_given_up(monkeypatch, tmp_path):
+    monkeypatch.delenv("FID_WEIGHTS", raising=False)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setattr(fid, "SILENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(fid, "WEIGHTS_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/{fid.WEIGHTS_NAME}")
+        before = socket.getdefaulttimeout()
+        with pytest.raises(fid.FidError, match="timed out"):
+            fid.find_weights()
+    assert socket.getdefaulttimeout() == before
+
+
 def test_a_cut_standard_file_is_named(no_network):
     no_network.parent.mkdir(parents=True)
     no_network.write_bytes(b"half a file")
