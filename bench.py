@@ -766,6 +766,7 @@ def check_out(plan):
         return
     if not s.resume and okd_train.holds_run(out):
         yield "FAIL", "out", f"{out} already holds a run: go on with --resume, or name another folder with --out"
+        return
     if not sizes:
         yield "note", "out", "room not checked, as training failed"
         return

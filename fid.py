@@ -613,6 +613,14 @@ def _download(file):
         socket.setdefaulttimeout(usual)
 
 
+def _needed_weights(path):
+    """find_weights for the command line, which has a way without."""
+    try:
+        return find_weights(path)
+    except FidError as e:
+        raise FidError(f"{e}; --features random needs no weights, for a rough look") from None
+
+
 def _digest(file):
     h = hashlib.sha256()
     try:
@@ -1310,7 +1318,7 @@ def _read(args, sides, dims, resize, world):
     if all(s.said for s in sides):
         return _same_weights(sides)
     random, ranks = args.features == "random", None
-    weights = None if random else find_weights(args.weights)        # before all that takes time
+    weights = None if random else _needed_weights(args.weights)     # before all that takes time
     if world > 1:
         import torch.distributed as ranks
         try:

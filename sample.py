@@ -273,7 +273,7 @@ def group_files(group, n_groups, out):
         scores = [(line[f"G{i}"], i) for line in okd_train.score_lines(out, n_groups) for i in range(1, n_groups + 1)]
         _, best = min((pair for pair in scores if math.isfinite(pair[0])), default=(None, None))
         return best and {best: out / f"G{best}.best.pt"}
-    numbers = [natural(part) for part in group.split(",")]
+    numbers = [natural(part.removeprefix("G")) for part in group.split(",")]
     if not all(i and i <= n_groups for i in numbers) or len(set(numbers)) < len(numbers):
         raise okd_train.UserError(f"--group {group}: say all, best, or numbers from 1 to {n_groups} with commas "
                                   "between, each once")
@@ -297,6 +297,7 @@ def score_now(s, script, saved, ranks, device):
     with ranks.together():
         note = choose_features(s)
         scores = okd_train.Scores(s, data, device)
+        say(f"Scoring {s.groups} groups, {scores.n} images of each, to find the best: {out} has no scores of its own.")
         for i in ranks.mine:
             G = okd_train.load_generator(files[i], device, str(script.path))
             for chunk in range(ranks.part, scores.chunks(), ranks.replicas):
