@@ -93,15 +93,15 @@ def frechet_distance(mu1, sigma1, mu2=None, sigma2=None):
 def _frechet(a, b):
     """(distance, mean term, trace term) of two sides, each features (n, d) or a tuple (mu, sigma)."""
     (mu1, trace1), (mu2, trace2) = _mean_and_trace(a), _mean_and_trace(b)
-    d = len(mu1)
+    mean_term, d = float(((mu1 - mu2) ** 2).sum()), len(mu1)
+    if not np.isfinite(mean_term + trace1 + trace2):
+        raise FidError("the distance is not finite: features or statistics are too large to be squared")
     fewest = min([len(s) for s in (a, b) if not isinstance(s, tuple)], default=d + 1)
     most_rows = 2 * d if fewest <= d else d     # one small side: its n columns keep the cross-Gram matrix cheap
     # tr sqrt(S1 S2) is the sum of the singular values of R1 R2'; for features that is the centred cross-Gram matrix.
     cross = np.linalg.svd(_root(a, most_rows) @ _root(b, most_rows).T, compute_uv=False).sum()
-    mean_term, trace_term = float(((mu1 - mu2) ** 2).sum()), trace1 + trace2 - 2 * float(cross)
+    trace_term = trace1 + trace2 - 2 * float(cross)
     total = mean_term + trace_term
-    if not np.isfinite(total):
-        raise FidError("the distance is not finite: the features or statistics hold NaN or infinity")
     if total < -1e-6 * (trace1 + trace2):
         raise FidError(f"the distance came out as {total:g}: the statistics are no covariances")
     return max(total, 0.0), mean_term, trace_term
@@ -133,9 +133,12 @@ def _factor(sigma):
     """
     from scipy.linalg.lapack import dpstrf
     d, diagonal = len(sigma), sigma.diagonal()
-    tol = d * np.finfo(np.float64).eps * max(diagonal.max(), 0)
-    if tol == 0:
+    largest = np.abs(sigma).max()
+    if diagonal.min() < -1e-6 * largest or diagonal.max() < largest * (1 - 1e-6):
+        raise FidError("sigma is no covariance: it has negative eigenvalues")
+    if largest == 0:
         return np.zeros((0, d))
+    tol = d * np.finfo(np.float64).eps * diagonal.max()
     c, pivots, rank, info = dpstrf(sigma, lower=1, tol=tol)
     if info < 0:
         raise FidError("sigma is no covariance: it is not finite")
@@ -176,8 +179,9 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=0)
     """
     a, b = _pair(features1, features2)
     m = min(subset_size, len(a), len(b))
-    if m < 3:
-        raise FidError(f"KID needs at least 3 images on each side, there are {len(a)} and {len(b)}")
+    if m < 3 or subsets < 1:
+        raise FidError("KID needs at least 3 images on each side and in a subset, and at least one subset; there are "
+                       f"{len(a)} and {len(b)} images, subset_size {subset_size}, subsets {subsets}")
     if m == len(a) == len(b):
         subsets = 1
     rng = np.random.RandomState(seed)
@@ -326,6 +330,10 @@ def _rows(f, what):
     f = np.asarray(f)
     if f.ndim != 2 or f.dtype.kind != "f":
         raise FidError(f"{what}: an array (n, d) of floats is needed, not {f.dtype} {f.shape}")
+    finite = np.isfinite(f)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        raise FidError(f"{what}: row {row}, column {column} is {f[row, column]}, not finite; no score comes of it")
     return f
 
 

@@ -696,6 +696,47 @@ def test_weights_are_downloaded_checked_and_renamed(no_network, monkeypatch, wei
     assert list(no_network.parent.iterdir()) == [no_network]
 
 
+BAD_FEATURES = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
+
+
+@pytest.mark.parametrize("bad", BAD_FEATURES)
+@pytest.mark.parametrize("side", [0, 1])
+def test_features_that_are_not_finite_give_no_score(bad, side):
+    """One number among thousands: its row and column are named, whatever the score."""
+    r = np.random.default_rng(0)
+    sides = [r.standard_normal((40, 1280)).astype(np.float32) for _ in range(2)]
+    sides[side][7, 3] = BAD_FEATURES[bad]
+    for score in (fid.frechet_distance, fid.random_distance, fid.kernel_distance, fid.prdc, fid.copies):
+        with pytest.raises(fid.FidError, match="row 7, column 3.* not finite"):
+            score(*sides)
+    with pytest.raises(fid.FidError, match="not finite"):
+        fid.statistics(sides[side])
+
+
+def test_features_too_large_to_square_give_no_score():
+    huge = np.full((8, 4), 1e200) * np.arange(1, 9)[:, None]
+    with pytest.raises(fid.FidError, match="not finite"):
+        fid.frechet_distance(huge, huge)
+
+
+@pytest.mark.parametrize("sigma", [-np.eye(3), np.diag([1.0, 2.0, -0.5]), np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0.0]]),
+                                   np.array([[1, 2, 0], [2, 1, 0], [0, 0, 1.0]])])
+def test_matrices_that_are_no_covariances_are_refused(sigma):
+    for sides in ((sigma, 2 * np.eye(3)), (2 * np.eye(3), sigma), (sigma, sigma)):
+        with pytest.raises(fid.FidError, match="no covariance"):
+            fid.frechet_distance(np.zeros(3), sides[0], np.zeros(3), sides[1])
+    assert fid.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.ones(3), np.zeros((3, 3))) == 3
+
+
+@pytest.mark.parametrize("settings", [dict(subsets=0), dict(subsets=-1), dict(subset_size=2)])
+def test_kid_of_no_subsets_is_refused(settings):
+    a = np.random.default_rng(1).standard_normal((9, 4))
+    with pytest.raises(fid.FidError, match="KID needs at least"):
+        fid.kernel_distance(a[:5], a[4:], **settings)
+    with pytest.raises(fid.FidError, match="KID needs at least"):
+        fid.kernel_distance(a, a[:5], **settings)
+
+
 def test_a_server_that_says_nothing_is_given_up(monkeypatch, tmp_path):
     monkeypatch.delenv("FID_WEIGHTS", raising=False)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
