@@ -234,6 +234,21 @@ def test_a_module_of_that_name_elsewhere_is_not_taken(mine, root, tmp_path):
         assert done.stdout.strip() == wanted and not done.stderr, (before, done.stderr)
 
 
+def test_a_module_of_that_name_is_not_even_run(mine, root, tmp_path):
+    """A user's module that raises at import: neither the command nor the library from elsewhere notices it."""
+    (mine / "crop_codebrim.py").write_text("raise RuntimeError('the module of the user was run')\n")
+    env = dict(ALONE, PYTHONPATH=str(mine))
+    run("d", "--photos", 1, script=root / "synthetic.py", cwd=tmp_path, env=env)
+    assert len(tree(tmp_path / "d")) == 2
+    code = ("import sys\n"
+            "sys.path.append(sys.argv[1])\n"
+            "import synthetic\n"
+            "print(synthetic.crop_codebrim.__file__)")
+    done = subprocess.run([sys.executable, "-c", code, str(root)], cwd=tmp_path, env=env, capture_output=True,
+                          text=True)
+    assert done.stdout.strip() == str(root / "crop_codebrim.py"), done.stderr
+
+
 def test_ours_is_loaded_once(root):
     """Whoever catches crop_codebrim.CropError catches what synthetic.py raises."""
     assert synthetic.crop_codebrim is crop_codebrim
