@@ -323,6 +323,15 @@ def test_group_1_without_coupling_is_the_baseline(model):
     assert differs({k: coupled.state()["groups"][0][k] for k in ("G", "D", "ema")}, theirs)
 
 
+def test_critics_see_images_without_a_graph(monkeypatch):
+    t, seen = setup("--groups", "2", *TINY), []
+    for name in ("discriminator_loss", "connector_loss"):
+        f = getattr(t.script, name)
+        monkeypatch.setattr(t.script, name, lambda D, a, b, f=f, **k: (seen.extend((a, b)), f(D, a, b, **k))[1])
+    t.step()
+    assert len(seen) == 8 and not any(x.requires_grad for x in seen)
+
+
 def test_groups_start_apart_and_share_z():
     t = setup("--groups", "3", *TINY)
     first = lambda roles: [g.nets[role].net.net[0].bias for g in t.groups for role in roles]
