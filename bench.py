@@ -643,6 +643,11 @@ def check_scores(plan):
         yield "ok", "FID weights", str(fid.find_weights(download=False))
     except fid.FidError as e:
         yield "FAIL" if wanted else "note", "FID weights", f"{e}; --fid-features random needs none"
+    if s.fid_every and s.fid_features.endswith(".py"):
+        try:
+            yield "ok", "features", fid.network(s.fid_features, device="cpu").score
+        except fid.FidError as e:
+            yield "FAIL", "features", str(e)
     if s.fid_every and s.fid_data:
         files, _ = okd_train.class_files(s.fid_data, False)
         yield "ok", "scores", f"against {len(files)} images of {s.fid_data}"

@@ -5,7 +5,8 @@
     python fid.py REAL RUN/fakes/G* RUN2/fakes/G*    # a row per run: one group, or G1 G2 ..., their mean and union
     python fid.py REAL FAKE --kid --prdc --floor     # and how good a perfect generator could look at these n
     python fid.py REAL FAKE --copies sheet.png       # the fakes closest to a real, side by side with it
-    python fid.py REAL FAKE --features random        # no weights at hand: rFD, for relative comparison only
+    python fid.py REAL FAKE --features FILE.py       # FD in the features of your own network, class Features: network()
+    python fid.py REAL FAKE --features random        # no weights at hand: rFD, a smoke test, it may rank sets wrongly
     python fid.py --save real.npz REAL               # mu and sigma, as other FID programs read and write them
     torchrun --nproc_per_node 4 fid.py REAL FAKE     # the images are shared out over the ranks
 
@@ -28,6 +29,8 @@ import argparse
 import collections
 import contextlib
 import hashlib
+import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -63,7 +66,7 @@ CLOSEST = 32                    # pairs on the sheet of --copies
 K = 5                           # neighbours of precision, recall, density, coverage
 _SCORES = {"kid": "KID", "kid_se": "KID standard error", "copies": "copies",
            **{k: f"{k} (k={K})" for k in ("precision", "recall", "density", "coverage")}}
-LABELS = {"fid": "FID", "rfd": "rFD", **_SCORES, **{f"r{k}": f"r{label}" for k, label in _SCORES.items()}}
+LABELS = {"fid": "FID", "fd": "FD", "rfd": "rFD", **_SCORES, **{f"r{k}": f"r{label}" for k, label in _SCORES.items()}}
 
 
 class FidError(ValueError):
@@ -361,6 +364,26 @@ def _check_statistics(mu, sigma, what):
 
 
 # ---------------------------------------------------------------------------------------------- networks
+def network(name="inception", weights=None, dims=2048, device=None, precision="fp32"):
+    """The network that `name` says, for features(..., model=it): inception, random, or a file of your own, FILE.py.
+
+    FILE.py has a class Features, a torch module (n, 3, size, size) float32 in [-1, 1] -> (n, dims) floats, with the
+    attributes size (pixels), dims and digest: a word that names the features and changes when their values do. It is
+    made as Features(device=...) if its constructor names device. weights, dims, precision: of inception().
+    All three kinds have size, dims, device, digest; name: inception, random or the file's digest; score: what their
+    Frechet distance is called, FID, rFD or FD (digest); distance(features1, features2), which is that distance.
+    FidError, one line, for a file that does not do so.
+    """
+    name = str(name)
+    if name == "inception":
+        return inception(dims, weights, device, precision)
+    if name == "random":
+        return random_networks(device)
+    if not name.endswith(".py"):
+        raise FidError(f"features must be inception, random or a file FILE.py, not {name!r}")
+    return _OwnNetwork(Path(name), _device(device))
+
+
 def inception(dims=2048, weights=None, device=None, precision="fp32"):
     """The network of FID, (n, 3, 299, 299) float32 in [-1, 1] -> (n, dims) float32, for features(..., model=it).
 
@@ -381,16 +404,70 @@ def inception(dims=2048, weights=None, device=None, precision="fp32"):
 def random_networks(device=None):
     """Five small VGG-like networks with fixed random weights, the stand-in where the trained weights cannot be had.
 
-    (n, 3, H, W) float32 in [-1, 1] -> (n, 5 * 256) float32. Distances in their features order sets of the same subject
-    by how far they are from the real one; the values mean nothing by themselves and compare only at one image size
-    (Naeem et al. 2002.09797, section 5, on random embeddings).
+    (n, 3, H, W) float32 in [-1, 1] -> (n, 5 * 256) float32. Distances in their features are a smoke test: noise of 30
+    grey levels and ten repeated images stand out, but a set without one class may read better than fresh photos. They
+    compare only at one image size (Naeem et al. 2002.09797, section 5, on random embeddings).
     Attributes: dims 1280, size None (the images' own), device, digest.
     """
     return _RandomNetworks(_device(device))
 
 
+class _OwnNetwork:
+    """An instance of the class Features of a user's file, tried out once."""
+    distance = staticmethod(frechet_distance)
+
+    def __init__(self, file, device):
+        import torch
+        self.file, self.device = file, device
+        try:
+            self.net = _load_class(file, "Features", device)
+            self.size, self.dims, self.digest = (getattr(self.net, k) for k in ("size", "dims", "digest"))
+            self.net = self.net.to(device).eval().requires_grad_(False)
+        except FidError:
+            raise
+        except (Exception, SystemExit) as e:    # it is the user's code
+            raise FidError(f"{file}: no usable class Features ({_in_brief(e)})") from None
+        for k in ("size", "dims"):
+            if type(getattr(self, k)) is not int or getattr(self, k) < 1:
+                raise FidError(f"{file}: Features.{k} is {getattr(self, k)!r}, it must be a whole number above 0")
+        if not isinstance(self.digest, str) or not self.digest.strip() or not self.digest.isprintable():
+            raise FidError(f"{file}: Features.digest is {self.digest!r}, it must be a word")
+        self.name, self.score = self.digest, f"FD ({self.digest})"
+        self(torch.zeros(2, 3, self.size, self.size, device=device))
+
+    def __call__(self, x):
+        import torch
+        try:
+            with torch.inference_mode(), _cudnn_precision(self.device, "ieee"):
+                y = self.net(x.contiguous())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:
+            raise FidError(f"{self.file}: Features fails on images {tuple(x.shape)} ({_in_brief(e)})") from None
+        got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
+        if not isinstance(y, torch.Tensor) or not y.is_floating_point() or y.shape != (len(x), self.dims):
+            raise FidError(f"{self.file}: Features makes {got} of {len(x)} images, not floats ({len(x)}, {self.dims})")
+        return y
+
+
+def _load_class(file, name, device):
+    """An instance of class `name` of a Python file, which may import what lies beside it."""
+    if not file.is_file():
+        raise FidError(f"{file}: no such file of features")
+    spec = importlib.util.spec_from_file_location(f"{name.lower()}_{file.stem}", file)
+    module, folder = importlib.util.module_from_spec(spec), str(file.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+        cls = getattr(module, name)
+        return cls(device=device) if "device" in inspect.signature(cls).parameters else cls()
+    finally:
+        sys.path.remove(folder)
+
+
 class _Inception:
-    size = 299
+    size, name, score = 299, "inception", "FID"
+    distance = staticmethod(frechet_distance)
 
     def __init__(self, dims, file, device, precision):
         import torch
@@ -412,7 +489,8 @@ class _Inception:
 
 
 class _RandomNetworks:
-    size = None
+    size, name, score = None, "random", "rFD"
+    distance = staticmethod(random_distance)
     dims, digest = len(RANDOM_SEEDS) * RANDOM_WIDTH, f"random-{len(RANDOM_SEEDS)}x{RANDOM_WIDTH}"
 
     def __init__(self, device):
@@ -836,10 +914,11 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
 
     images: a folder, an .npz file with images (arr_0), a list of paths, or a uint8 array or tensor (n, H, W, 3) or
     (n, 3, H, W) in 0..255 (on any device).
-    features: "inception" (d = dims: 2048, 768, 192, 64) or "random" (d = 1280; images at their own size, no weights).
+    features: "inception" (d = dims: 2048, 768, 192, 64), "random" (d = 1280; images at their own size, no weights) or a
+    file of your own, see network().
     resize: "torch" (bilinear to 299, no antialias, as pytorch-fid) or "clean" (bicubic with antialias, as clean-fid).
-    model: what inception() or random_networks() returned, to load it once; then weights, dims, device, features and
-    precision are its own. workers: decoding threads, None for min(8, CPUs).
+    model: what network() returned, to load it once; then weights, dims, device, features and precision are its own;
+    any callable with size, dims and device will do. workers: decoding threads, None for min(8, CPUs).
     Raises FidError (a ValueError) for what the user can mend; bad files are all named, or left out with a warning if
     skip_bad.
     """
@@ -847,8 +926,6 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
         raise FidError(f"resize must be torch or clean, not {resize}")
     if batch_size < 1:
         raise FidError(f"batch_size must be at least 1, not {batch_size}")
-    if features not in ("inception", "random"):
-        raise FidError(f"features must be inception or random, not {features}")
     if isinstance(images, (str, os.PathLike)):
         array = load_array(images) if str(images).endswith(".npz") else None
         images = find_images(images)[0] if array is None else array
@@ -859,9 +936,9 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
     if not len(images):
         raise FidError("no images")
     if model is None:
-        model = inception(dims, weights, device, precision) if features == "inception" else random_networks(device)
-    if model.size is None and resize != "torch":
-        raise FidError("random networks take the images at their own size: resize does not apply")
+        model = network(features, weights, dims, device, precision)
+    if resize != "torch" and model.size != _Inception.size:
+        raise FidError("resize clean is a way to the 299 pixels of the Inception network: it does not apply")
     found = _extract(images, model, batch_size, workers, resize, skip_bad)
     for note in found.notes():
         warnings.warn(note, stacklevel=2)
@@ -932,6 +1009,8 @@ class _Part:
                 if not finite.all():
                     at = self.files[int(finite.argmin())]
                     self.error = f"{'image ' if isinstance(at, int) else ''}{at}: the network's features are not finite"
+            except FidError as e:
+                self.error = str(e)
             except torch.OutOfMemoryError:
                 self.error = f"{model.device}: out of memory at --batch-size {batch_size}; take a smaller one"
 
@@ -1043,7 +1122,8 @@ def _clean_resize(image):
 
 # ---------------------------------------------------------------------------------------------- statistics in files
 def load_statistics(path):
-    """{"mu": (d,), "sigma": (d, d)} float64 of an .npz file; also "n", "resize", "weights", None where it is silent.
+    """{"mu": (d,), "sigma": (d, d)} float64 of an .npz file; also "n", "resize", "weights", None where it is silent,
+    and "features": the digest of a network of your own, None of Inception's.
 
     Files of pytorch-fid, clean-fid and TTUR hold mu and sigma only. Nothing in the file is executed. FidError for
     anything else.
@@ -1057,12 +1137,13 @@ def load_statistics(path):
                 keys = ", ".join(f.files) or "none"
                 raise FidError(f"{path}: no FID statistics: keys mu and sigma are needed, there are {keys}")
             mu, sigma = _check_statistics(f["mu"], f["sigma"], path)
-            said = {k: f[k].item() if k in f.files and f[k].size == 1 else None for k in ("n", "resize", "weights")}
+            said = {k: f[k].item() if k in f.files and f[k].size == 1 else None
+                    for k in ("n", "resize", "weights", "features")}
     except FidError:
         raise
     except Exception as e:                      # zip, zlib and numpy raise a dozen types for a cut or hostile file
         raise FidError(f"{path}: no readable .npz file ({_in_brief(e)})") from None
-    for k, kind in (("n", int), ("resize", str), ("weights", str)):
+    for k, kind in (("n", int), ("resize", str), ("weights", str), ("features", str)):
         if said[k] is not None and (not isinstance(said[k], kind) or k == "n" and said[k] < 2):
             raise FidError(f"{path}: {k} = {said[k]!r} makes no sense")
     return {"mu": mu, "sigma": sigma, **said}
@@ -1118,14 +1199,16 @@ def _run(argv, rank, world):
     if args.copies:
         _fresh(args.copies)
     real, *fakes = sides = [_side(path) for path in [args.real, *args.fakes]]
-    dims, resize = _check(args, sides)
-    digest = _read(args, sides, dims, resize, world)
+    own = network(args.features, device=args.device) if args.features.endswith(".py") else None
+    dims, resize = _check(args, sides, own)
+    digest = _read(args, sides, dims, resize, world, own)
     if rank:
         return
     _say_what_it_is_worth(args, sides, digest)
     if args.save:
         mu, sigma = real.sums()
-        _say(f"wrote {save_statistics(args.save, mu, sigma, n=real.n, dims=dims, resize=resize, weights=digest)}")
+        said = dict(n=real.n, dims=dims, resize=resize, weights=digest, **({"features": digest} if own else {}))
+        _say(f"wrote {save_statistics(args.save, mu, sigma, **said)}")
         return
     names = _names([s.path for s in fakes]) if fakes else []
     rows = [(name, f.n, _compare(real, f, args)) for name, f in zip(names, fakes)]
@@ -1148,11 +1231,11 @@ def _run(argv, rank, world):
         out = {**settings, **_as_json(fakes, rows, extra + floor, runs, summaries, closest)}
         print(json.dumps({**out, "seconds": round(time.monotonic() - begin, 2)}))
     elif runs:
-        print("\n".join(_run_tables(runs, rows, summaries, floor)))
+        print("\n".join(_run_tables(runs, rows, summaries, floor, args.own)))
     elif len(rows) > 1:
-        print("\n".join(_table(rows + extra + floor)))
+        print("\n".join(_table(rows + extra + floor, args.own)))
     else:
-        print("\n".join(f"{prefix}{LABELS[key]}: {_number(key, value)}" for prefix, scores in
+        print("\n".join(f"{prefix}{_label(key, args.own)}: {_number(key, value)}" for prefix, scores in
                         [("", s) for _, _, s in rows] + [(f"{name} ", s) for name, _, s in floor]
                         for key, value in scores.items() if key in LABELS))
 
@@ -1171,6 +1254,13 @@ def _whole(low, high):
     return parse
 
 
+def _features(name):
+    """The type of --features."""
+    if name in ("inception", "random") or name.endswith(".py"):
+        return name
+    raise argparse.ArgumentTypeError(f"invalid choice: {name[:40]!r} (say inception, random, or a file FILE.py)")
+
+
 def _parser():
     p = _Parser(prog="fid.py", description=__doc__, allow_abbrev=False,
                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1185,8 +1275,9 @@ def _parser():
     add("--copies", metavar="PNG",
         help=f"picture of the {CLOSEST} fakes closest to a real beside it, and the share of fakes nearer to a real "
              "than that real is to any other (not 0 for fresh images of the same kind either: compare with --floor)")
-    add("--features", choices=("inception", "random"), default="inception",
-        help="random: five fixed random networks, no weights; prints rFD, which only orders sets against the same REAL")
+    add("--features", type=_features, default="inception", metavar="inception|random|FILE.py",
+        help="random: five fixed random networks, no weights; prints rFD, a smoke test. FILE.py: the class Features of "
+             "it, a torch module (n, 3, size, size) in [-1, 1] -> (n, dims) with size, dims and digest; prints FD")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--save", metavar="NPZ", help="write mu and sigma of the one folder given; never overwrites")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
@@ -1210,10 +1301,11 @@ def _arguments(argv):
                         ("--weights", args.weights), ("--copies", args.copies), ("--save", args.save)]:
         if value == "":
             raise FidError(f"{name} is empty")
-    if args.features == "random":
-        for flag in ("dims", "weights", "resize", "precision", "save"):
+    args.own = None                             # digest of the network, where it is a user's
+    if args.features != "inception":
+        for flag in ("dims", "weights", "resize", "precision", *["save"] * (args.features == "random")):
             if getattr(args, flag) is not None:
-                raise FidError(f"--{flag} has no meaning with --features random")
+                raise FidError(f"--{flag} has no meaning with --features {args.features}")
     if args.save and (args.fakes or args.kid or args.prdc or args.floor or args.copies or args.json):
         raise FidError("--save NPZ takes one folder and computes its statistics only; score in a second call")
     if not args.save and not args.fakes and not args.floor:
@@ -1279,8 +1371,8 @@ def _side(path):
     return side
 
 
-def _check(args, sides):
-    """(dims, resize) of this comparison; FidError for all that can be refused before a network is loaded."""
+def _check(args, sides, own=None):
+    """(dims, resize) of this comparison; FidError for all that can be refused before Inception is loaded."""
     real, folders, files = sides[0], [s for s in sides if not s.said], [s for s in sides if s.said]
     for s in files:
         for flag in ("kid", "prdc", "copies", "floor", "save"):
@@ -1288,7 +1380,8 @@ def _check(args, sides):
                 raise FidError(f"{s.path}: --{flag} needs the images, this file holds their mean and covariance only")
         if args.features == "random":
             raise FidError(f"{s.path}: --features random needs the images")
-    dims = args.dims or (2048 if folders else len(files[0].said["mu"]))
+    args.own = own.digest if own else None if folders else files[0].said["features"]
+    dims = own.dims if own else args.dims or (2048 if folders else len(files[0].said["mu"]))
     said = [s.said["resize"] for s in files if s.said["resize"] and not folders]
     resize = args.resize or (said[0] if said else "torch")
     for s in files:
@@ -1297,8 +1390,11 @@ def _check(args, sides):
             raise FidError(f"{s.path}: statistics of {len(s.said['mu'])} dims, the others have {dims}{hint}")
         if s.said["resize"] not in (None, resize):
             raise FidError(f"{s.path}: made with resize {s.said['resize']}, the others with {resize}")
+        if s.said["features"] != args.own and (s.said["features"] or s.said["weights"] or not own):
+            raise FidError(f"{s.path}: made with features {s.said['features'] or 'inception'}, "
+                           f"the others with {args.own or 'inception'}")
     for flag in ("weights", "device", "precision", "batch-size", "workers", "skip-bad"):
-        if not folders and getattr(args, flag.replace("-", "_")) not in (None, False):
+        if not folders and not own and getattr(args, flag.replace("-", "_")) not in (None, False):
             raise FidError(f"--{flag} has no meaning where all sides are .npz files of statistics")
     if args.floor and real.n < 4:
         raise FidError(f"{real.path}: a floor needs at least 4 images, there are {real.n}")
@@ -1321,12 +1417,12 @@ def _same_weights(sides, digest=None):
     return digest
 
 
-def _read(args, sides, dims, resize, world):
+def _read(args, sides, dims, resize, world, own=None):
     """Load the network and measure every folder, on all ranks; the digest of the weights."""
     if all(s.said for s in sides):
         return _same_weights(sides)
-    random, ranks = args.features == "random", None
-    weights = None if random else _needed_weights(args.weights)     # before all that takes time
+    ranks = None
+    weights = _needed_weights(args.weights) if args.features == "inception" else None   # before all that takes time
     if world > 1:
         import torch.distributed as ranks
         try:
@@ -1334,8 +1430,7 @@ def _read(args, sides, dims, resize, world):
         except Exception as e:                  # a variable that only torchrun sets, a rank that never came
             raise FidError(f"the {world} ranks cannot meet ({_in_brief(e)}); start them with torchrun") from None
     try:
-        precision = args.precision or "fp32"
-        model = random_networks(args.device) if random else inception(dims, weights, args.device, precision)
+        model = own or network(args.features, weights, dims, args.device, args.precision or "fp32")
         digest = _same_weights(sides, model.digest)
         for i, s in enumerate(sides):
             if not s.said:
@@ -1390,7 +1485,8 @@ def _compare(real, fake, args):
     if prefix:
         out = {"rfd": random_distance(real.gauss(), fake.gauss())}
     else:
-        out = dict(zip(("fid", "mean_term", "trace_term"), _frechet(real.gauss(), fake.gauss())))
+        name = "fd" if args.own else "fid"
+        out = dict(zip((name, "mean_term", "trace_term"), _frechet(real.gauss(), fake.gauss())))
     if args.kid:
         out[prefix + "kid"], out[prefix + "kid_se"] = kernel_distance(real.features, fake.features)
     if args.prdc:
@@ -1478,25 +1574,27 @@ def _copy_sheet(path, pairs):
 
 def _say_what_it_is_worth(args, sides, digest):
     random = args.features == "random"
-    if digest and not random and not digest.startswith(WEIGHTS_SHA256):
+    if digest and not random and not args.own and not digest.startswith(WEIGHTS_SHA256):
         _say(f"weights {digest[:8]} are not the published ones ({WEIGHTS_SHA256}): "
              "the numbers compare only with others made with this file")
     if random:
-        _say("rFD: five fixed random networks; good for ordering sets of images of one size against the same REAL, "
-             "not comparable with any FID")
+        _say("rFD: five fixed random networks; a smoke test, which may rank sets wrongly and is not comparable with "
+             "any FID")
         if len(set().union(*(s.sizes for s in sides))) > 1:
             _say("rFD: the images differ in size, which moves it as much as their content does; give all the same size")
     small = [s.n for s in sides if s.n is not None and s.n < SMALL]
     if small and not args.save:
-        _say(f"{'rFD' if random else 'FID'} from {min(small)} images is biased upwards (below {SMALL} it is mostly "
-             "bias): compare only at the same n, see --floor and --kid")
+        name = "rFD" if random else _label("fd", args.own) if args.own else "FID"
+        _say(f"{name} from {min(small)} images is biased upwards (below {SMALL} it is mostly bias): compare only at "
+             "the same n, see --floor and --kid")
 
 
 def _settings(args, sides, dims, resize, digest):
     """What the JSON object says of how its numbers were made."""
-    trained, read = args.features == "inception", not all(s.said for s in sides)
-    return {"real": str(sides[0].path), "n_real": sides[0].n, "features": args.features,
-            "dims": dims if trained else None, "resize": resize if trained else None,
+    random, read = args.features == "random", not all(s.said for s in sides)
+    trained = not random and not args.own
+    return {"real": str(sides[0].path), "n_real": sides[0].n, "features": args.own or args.features,
+            "dims": None if random else dims, "resize": resize if trained else None,
             "precision": (args.precision or "fp32") if read else None,
             "weights": digest[:8] if digest and trained else None, "k": K if args.prdc else None}
 
@@ -1522,8 +1620,13 @@ def _number(key, value):
     return f"{value:.6f}" if "kid" in key else f"{value:.4f}"
 
 
-def _label(key):
-    return LABELS[key].replace("standard error", "s.e.")
+def _label(key, own):
+    """What a score is called, with the digest of the network if it is a user's own: FID is Inception's alone."""
+    return f"{LABELS[key]} ({own})" if own else LABELS[key]
+
+
+def _heading(key, own):
+    return _label(key, own).replace("standard error", "s.e.")
 
 
 def _names(paths):
@@ -1541,11 +1644,11 @@ def _aligned(cells):
     return ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in cells]
 
 
-def _table(rows):
+def _table(rows, own=None):
     """Lines of a table of (name, n, scores): a column per score."""
     keys = [k for k in rows[0][2] if k in LABELS]
     lines = [[name, str(n or "")] + [_number(k, scores[k]) for k in keys] for name, n, scores in rows]
-    return _aligned([["", "n"] + [_label(k) for k in keys]] + lines)
+    return _aligned([["", "n"] + [_heading(k, own) for k in keys]] + lines)
 
 
 # ---------------------------------------------------------------------------------------------- tables of runs
@@ -1564,7 +1667,7 @@ def _runs(fakes):
     return runs if len(fakes) > 1 else {}
 
 
-def _run_tables(runs, rows, summaries, floor):
+def _run_tables(runs, rows, summaries, floor, own=None):
     """Lines of the paper's Table 1, once per score: a row per run; columns one group, G1 G2 ..., their mean and union.
 
     A run whose fakes/ holds one group is the baseline. rows: (name, n, scores) of every FAKE; summaries: _summary() by
@@ -1575,7 +1678,7 @@ def _run_tables(runs, rows, summaries, floor):
     columns = ["one group"] * bool(alone or floor) + [f"G{k}" for k in numbers] + ["mean", "union"] * bool(summaries)
     lines = []
     for key in [k for k in rows[0][2] if k in LABELS]:
-        cells = [[_label(key), "n", *columns]]
+        cells = [[_heading(key, own), "n", *columns]]
         for (run, groups), name in zip(runs.items(), _names(list(runs))):
             ns = sorted({rows[i][1] for i in groups.values()})
             values = {"one group" if run in alone else f"G{k}": rows[i][2][key] for k, i in groups.items()}

@@ -1526,7 +1526,7 @@ class Lock:
 
 # ---------------------------------------------------------------------------------------------- scores during training
 class Scores:
-    """FID of every group's averaged generator against the real images (or rFD, its offline stand-in), with fid.py.
+    """FID of every group's averaged generator against the real images (or rFD, or a user's own FD), with fid.py.
 
     Made before training starts, so that missing weights are not found out after a night. Real features are computed
     once and kept in the run folder; every rank computes features of what its groups draw, rank 0 does the rest.
@@ -1539,13 +1539,12 @@ class Scores:
         if s.fid_data:
             self.images, _, _ = load_folder(s.fid_data, s.image_size, False, s.skip_bad, lambda text: None)
             self.of = digest(self.images.numpy(), 16)
-        pretrained = s.fid_features == "inception"
-        self.name = "FID" if pretrained else "rFD"
-        self.distance = self.fid.frechet_distance if pretrained else self.fid.random_distance
         try:
-            self.model = self.fid.inception(device=device) if pretrained else self.fid.random_networks(device)
+            self.model = self.fid.network(s.fid_features, device=device)
         except self.fid.FidError as e:
-            raise UserError(f"--fid-every: {e}; --fid-features random needs no weights") from e
+            way_out = "; --fid-features random needs no weights" if s.fid_features == "inception" else ""
+            raise UserError(f"--fid-every: {e}{way_out}") from e
+        self.name, self.distance = self.model.score, self.model.distance
         if min(len(self.images), self.n) < 4:
             raise UserError(f"--fid-every: {len(self.images)} real images and {self.n} fakes; "
                             "scores need at least 4 of each")
@@ -1591,12 +1590,17 @@ class Scores:
         return self.features(generate(G, z, y)[:self.n - chunk * CHUNK])
 
     def features(self, images):
-        return self.fid.features(images, model=self.model, batch_size=CHUNK)
+        try:
+            return self.fid.features(images, model=self.model, batch_size=CHUNK)
+        except self.fid.FidError as e:                              # of a user's own network
+            raise UserError(f"--fid-every: {e}") from e
 
     def real(self, out):
         """Features of the real images and the floor; from the run folder, if they are of these images and networks."""
         path = out / "real_features.npz"
-        of = f"{self.of} {self.s.fid_features} {getattr(self.model, 'digest', '')}"
+        own = self.s.fid_features.endswith(".py")                   # then its text counts, not where it lies
+        kind = digest(Path(self.s.fid_features), 16) if own else self.s.fid_features
+        of = f"{self.of} {kind} {self.model.digest}"
         if path.exists():
             with contextlib.suppress(Exception):                    # cut or foreign: computed anew
                 with np.load(path, allow_pickle=False) as f:
@@ -1690,8 +1694,15 @@ def trainer_flags(p):
     add("--fid-samples", type=int, metavar="N",
         help="fakes per group and score (default 2000 on the CPU, 10000 on CUDA)")
     add("--fid-data", metavar="DIR", help="held-out images to score against (default: the training images)")
-    add("--fid-features", choices=("inception", "random"), default="inception",
-        help="random: rFD, needs no weights (default inception)")
+    add("--fid-features", type=features_name, default="inception", metavar="inception|random|FILE.py",
+        help="random: rFD, a smoke test that needs no weights; FILE.py: see fid.py --help (default inception)")
+
+
+def features_name(name):
+    """The type of --fid-features."""
+    if name in ("", "inception", "random") or name.endswith(".py"):     # "" is refused with all that is empty
+        return name
+    raise argparse.ArgumentTypeError(f"invalid choice: {name[:40]!r} (say inception, random, or a file FILE.py)")
 
 
 def parse(argv, prog="okd_train.py", description=None, more=None):

