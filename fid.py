@@ -202,6 +202,8 @@ def kernel_distance(features1, features2, subsets=100, subset_size=1000, seed=0)
         shift_a[ia] += (sxx - 2 * xx.sum(1)) / less + syy / pairs - 2 * (sxy - xy.sum(1)) / pairs - value
         shift_b[ib] += (syy - 2 * yy.sum(1)) / less + sxx / pairs - 2 * (sxy - xy.sum(0)) / pairs - value
     variance = sum(((s - s.mean()) ** 2).sum() for s in (shift_a / subsets, shift_b / subsets)) * (m - 1) / m
+    if not np.isfinite(total + variance):
+        raise FidError("KID is not finite: the features are too large to be cubed")
     return float(total / subsets), float(np.sqrt(variance))
 
 
@@ -211,7 +213,8 @@ def prdc(real, fake, k=K):
     real (n1, d), fake (n2, d). A ball reaches from each row to its k-th nearest other row of the same side; inside is
     strictly nearer. precision: share of fakes inside some real ball; recall: share of reals inside some fake ball;
     density: real balls that hold a fake, mean over fakes, divided by k (may exceed 1); coverage: share of real balls
-    that hold a fake. FidError unless n1, n2 > k >= 1.
+    that hold a fake. Warns where rows repeat more than k times: nothing is strictly inside their balls, so that even a
+    set against itself scores 0. FidError unless n1, n2 > k >= 1.
     """
     real, fake = _pair(real, fake, "real", "fake")
     if k < 1 or min(len(real), len(fake)) <= k:
@@ -220,6 +223,12 @@ def prdc(real, fake, k=K):
     # A neighbour at exactly the radius lies outside; the factor keeps that so when two blocks round differently.
     inside = 1 - 1e-10
     real_radius, fake_radius = _nearest(real, k) * inside, _nearest(fake, k) * inside
+    empty = [int((radius <= 1e-9 * f.var(0, dtype=np.float64).sum()).sum())
+             for radius, f in ((real_radius, real), (fake_radius, fake))]
+    if any(empty):
+        warnings.warn(f"{empty[0]} of {len(real)} real and {empty[1]} of {len(fake)} fake images repeat more than "
+                      f"k = {k} times: nothing is nearer to them than their twins, so precision, recall, density and "
+                      "coverage come out too low, 0 where all repeat", stacklevel=2)
     hits, precise = 0, 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)
     for rows, d2 in _squared_distances(fake, real):
@@ -239,11 +248,11 @@ def copies(real, fake, own=None):
     is known. A fake counts when it is nearer to its nearest real than that real is to its own nearest other real, or
     has exactly its features. Fresh images of the same kind count too (0.1 to 0.7 of them, the fewer the more dimensions
     their spread has): compare the share with that between two halves of the real images, not with 0.
-    FidError for fewer than 2 reals.
+    FidError for fewer than 2 reals, or no fake.
     """
     real, fake = _pair(real, fake, "real", "fake")
-    if len(real) < 2:
-        raise FidError(f"a copy check needs at least 2 real images, there is {len(real)}")
+    if len(real) < 2 or not len(fake):
+        raise FidError(f"a copy check needs at least 2 real images and a fake, there are {len(real)} and {len(fake)}")
     own = _nearest(real, 1) if own is None else own
     index, d2_nearest = np.empty(len(fake), int), np.empty(len(fake))
     for rows, d2 in _squared_distances(fake, real):
@@ -281,6 +290,8 @@ def _squared_distances(a, b):
         d2 *= -2
         d2 += (x ** 2).sum(1)[:, None]
         d2 += norms
+        if not np.isfinite(d2).all():
+            raise FidError("distances are not finite: the features are too large to be squared")
         yield slice(i, i + len(x)), np.maximum(d2, 0, out=d2)
 
 
@@ -331,7 +342,7 @@ class _Moments:
 
 def _rows(f, what):
     f = np.asarray(f)
-    if f.ndim != 2 or f.dtype.kind != "f":
+    if f.ndim != 2 or f.dtype.kind != "f" or not f.shape[1]:
         raise FidError(f"{what}: an array (n, d) of floats is needed, not {f.dtype} {f.shape}")
     finite = np.isfinite(f)
     if not finite.all():
@@ -354,7 +365,7 @@ def _check_statistics(mu, sigma, what):
     if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
         raise FidError(f"{what}: mu and sigma must be real numbers")
     mu, sigma = np.atleast_1d(mu).astype(np.float64), np.atleast_2d(sigma).astype(np.float64)
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         raise FidError(f"{what}: mu {mu.shape} and sigma {sigma.shape} do not fit together")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise FidError(f"{what}: mu or sigma is not finite")
@@ -864,14 +875,10 @@ def load_array(path):
 
     Such files are written by sample.py --npz and read by the evaluator of guided-diffusion. FidError for a bad one.
     """
-    try:
-        with zipfile.ZipFile(path) as z:
-            sizes = {i.filename: (i.file_size, i.compress_size) for i in z.infolist()}
-    except Exception:                           # load_statistics() says what it is
+    sizes = _arrays(path)
+    if "arr_0" not in sizes:
         return None
-    if "arr_0.npy" not in sizes:
-        return None
-    whole, packed = sizes["arr_0.npy"]
+    whole, packed = sizes["arr_0"]
     if whole > 1 << 30 and whole > 200 * packed:
         raise FidError(f"{path}: arr_0 is packed to burst: {packed} bytes that become {whole}")
     try:
@@ -883,6 +890,15 @@ def load_array(path):
         return _channels_last_array(images)
     except FidError as e:
         raise FidError(f"{path}: arr_0: {e}") from None
+
+
+def _arrays(path):
+    """{name: (bytes, bytes packed)} of the arrays of an .npz file; {} where it is none: load_statistics() says so."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            return {i.filename.removesuffix(".npy"): (i.file_size, i.compress_size) for i in z.infolist()}
+    except Exception:                           # zipfile raises a dozen types for a cut or hostile file
+        return {}
 
 
 def _in_brief(error):
@@ -1129,9 +1145,8 @@ def load_statistics(path):
     anything else.
     """
     try:
-        with zipfile.ZipFile(path) as z:
-            if any(i.file_size > 1 << 30 for i in z.infolist()):
-                raise FidError(f"{path}: holds an array above 1 GB: no FID statistics")
+        if any(whole > 1 << 30 for name, (whole, _) in _arrays(path).items() if name != "arr_0"):
+            raise FidError(f"{path}: holds an array above 1 GB: no FID statistics")
         with np.load(path, allow_pickle=False) as f:
             if "mu" not in f.files or "sigma" not in f.files:
                 keys = ", ".join(f.files) or "none"
@@ -1198,7 +1213,7 @@ def _run(argv, rank, world):
         _npz_name(args.save)
     if args.copies:
         _fresh(args.copies)
-    real, *fakes = sides = [_side(path) for path in [args.real, *args.fakes]]
+    real, *fakes = sides = [_side(path, args.use) for path in [args.real, *args.fakes]]
     own = network(args.features, device=args.device) if args.features.endswith(".py") else None
     dims, resize = _check(args, sides, own)
     digest = _read(args, sides, dims, resize, world, own)
@@ -1278,6 +1293,8 @@ def _parser():
     add("--features", type=_features, default="inception", metavar="inception|random|FILE.py",
         help="random: five fixed random networks, no weights; prints rFD, a smoke test. FILE.py: the class Features of "
              "it, a torch module (n, 3, size, size) in [-1, 1] -> (n, dims) with size, dims and digest; prints FD")
+    add("--use", choices=("images", "statistics"),
+        help="what counts of an .npz file that holds both, arr_0 and mu, sigma (default: images)")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--save", metavar="NPZ", help="write mu and sigma of the one folder given; never overwrites")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
@@ -1322,6 +1339,7 @@ class _Side:
     path = n = sizes = features = statistics = None
     images = None                               # list of files, or array (n, H, W, 3)
     said = None                                 # what an .npz of statistics says of itself
+    both = False                                # an .npz file that holds images and statistics
     own = None                                  # of REAL: squared distance (n,) of every image to its nearest other
     nearest = None                              # of a FAKE: what copies() returns
 
@@ -1345,8 +1363,8 @@ class _Side:
         return self.features if few else self.sums()
 
 
-def _side(path):
-    """The side that a folder or an .npz file is, its images found but not yet read."""
+def _side(path, use=None):
+    """The side that a folder or an .npz file is, its images found but not yet read. use: of what a file holds both."""
     side = _Side(path=Path(path))
     if side.path.is_dir():
         side.images, below, recursive = find_images(side.path)
@@ -1359,7 +1377,12 @@ def _side(path):
     elif side.path.suffix != ".npz" or not side.path.is_file():
         raise FidError(f"{path}: neither a folder of images nor an .npz file")
     else:
-        side.images = load_array(side.path)
+        side.both = {"arr_0", "mu", "sigma"} <= _arrays(side.path).keys()
+        if side.both:
+            hint = "" if use else "; --use statistics takes the others"
+            _say(f"{path} holds images (arr_0) and statistics (mu, sigma): the {use or 'images'} are read{hint}")
+        if not (side.both and use == "statistics"):
+            side.images = load_array(side.path)
     if side.images is None:
         side.said = load_statistics(side.path)
         side.statistics, side.n = (side.said["mu"], side.said["sigma"]), side.said["n"]
@@ -1393,6 +1416,8 @@ def _check(args, sides, own=None):
         if s.said["features"] != args.own and (s.said["features"] or s.said["weights"] or not own):
             raise FidError(f"{s.path}: made with features {s.said['features'] or 'inception'}, "
                            f"the others with {args.own or 'inception'}")
+    if args.use and not any(s.both for s in sides):
+        raise FidError("--use has no meaning here: no .npz file holds both images (arr_0) and statistics (mu, sigma)")
     for flag in ("weights", "device", "precision", "batch-size", "workers", "skip-bad"):
         if not folders and not own and getattr(args, flag.replace("-", "_")) not in (None, False):
             raise FidError(f"--{flag} has no meaning where all sides are .npz files of statistics")

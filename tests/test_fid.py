@@ -1,5 +1,6 @@
 """fid.py: parity with recorded values of pytorch-fid, the mathematics against independent formulas, the command."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import types
+import warnings
 import zipfile
 
 import numpy as np
@@ -451,6 +453,26 @@ def test_prdc_against_the_definition(n1, n2, k):
     assert fid.prdc(real, fake, k) == pytest.approx(brute_prdc(real, fake, k), abs=1e-12)
 
 
+def test_prdc_of_images_that_repeat_more_than_k_times_says_so(run, tmp_path):
+    """Nothing is strictly inside a ball whose k nearest others are the image itself."""
+    once, other = np.random.RandomState(0).standard_normal((2, 12, 4)).astype(np.float32)
+    for times in (5, 6):                        # the image and 4 others, the image and 5 others
+        often = np.repeat(once, times, 0)
+        caught = pytest.warns(UserWarning, match=f"of {len(often)} real") if times > 5 else contextlib.nullcontext()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if times == 5 else "default")
+            with caught:
+                got = fid.prdc(often, often[::-1].copy())
+            assert (got["coverage"] == 0) == (times == 6) == (got["precision"] == 0)
+    some = np.concatenate([once, np.repeat(other[:2], [7, 3], 0)])
+    with pytest.warns(UserWarning, match="7 of 22 real and 0 of 12 fake images repeat more than k = 5 times"):
+        fid.prdc(some, once + 1)
+    write(tmp_path / "real", np.repeat(pictures(2), 6, 0)), write(tmp_path / "fake", pictures(7, 1))
+    status, out, err = run(tmp_path / "real", tmp_path / "fake", "--prdc")
+    assert status == 0 and "coverage (k=5): 0.0000" in out
+    assert err.count("12 of 12 real and 0 of 7 fake images repeat more than k = 5 times") == 1
+
+
 def test_prdc_of_a_set_with_itself_and_of_far_sets():
     a = np.random.RandomState(0).standard_normal((1500, 10)).astype(np.float32)
     same = fid.prdc(a, a)
@@ -861,6 +883,20 @@ def test_matrices_that_are_no_covariances_are_refused(sigma):
         with pytest.raises(fid.FidError, match="no covariance"):
             fid.frechet_distance(np.zeros(3), sides[0], np.zeros(3), sides[1])
     assert fid.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.ones(3), np.zeros((3, 3))) == 3
+
+
+@pytest.mark.parametrize("call,words", [
+    (lambda: fid.frechet_distance(np.zeros(0), np.zeros((0, 0)), np.zeros(0), np.zeros((0, 0))), "fit together"),
+    *[(lambda f=f: f(np.zeros((9, 0), np.float32), np.zeros((9, 0), np.float32)), r"\(n, d\)")
+      for f in (fid.frechet_distance, fid.kernel_distance, fid.prdc, fid.copies)],
+    (lambda: fid.copies(np.ones((9, 2)), np.ones((0, 2))), "9 and 0"),
+    *[(lambda f=f: f(1e200 * np.eye(9, 3), 1e200 * np.eye(8, 3)), "too large") for f in (fid.prdc, fid.copies)],
+    (lambda: fid.kernel_distance(1e90 * np.eye(9, 3), np.eye(9, 3)), "too large"),
+])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_features_of_no_width_or_too_wide_a_range_give_no_score(call, words):
+    with pytest.raises(fid.FidError, match=words):
+        call()
 
 
 @pytest.mark.parametrize("settings", [dict(subsets=0), dict(subsets=-1), dict(subset_size=2)])
@@ -1485,6 +1521,33 @@ def test_images_in_an_npz_are_scored_as_the_files_are(run, folders, tmp_path, sm
     assert run("--save", tmp_path / "real_stats", tmp_path / "real.npz")[0] == 0
     assert fid.load_array(tmp_path / "real_stats.npz") is None
     np.testing.assert_array_equal(fid.load_array(tmp_path / "G2.npz"), arrays["G2"])
+
+
+def test_an_npz_with_images_and_statistics_says_which_is_read(run, fails, folders, tmp_path, weights):
+    """As the reference batches of other evaluators are; here the two differ, so that the number tells."""
+    images = np.stack([fid.read_image(f)[0] for f in fid.find_images(folders / "real")[0]])
+    run("--save", tmp_path / "G2.npz", folders / "G2")
+    g2 = np.load(tmp_path / "G2.npz")
+    np.savez(tmp_path / "both.npz", arr_0=images, mu=g2["mu"], sigma=g2["sigma"], mu_s=np.zeros(3))
+    both, fake = tmp_path / "both.npz", folders / "G1"
+
+    def go(*argv, words):
+        status, out, err = run(*argv, fake, "--json")
+        assert status == 0 and err.count("both.npz holds images (arr_0) and statistics") == words
+        return json.loads(out)["fid"], err
+    want = {k: go(folders / k, words=0)[0] for k in ("real", "G2")}
+    got, err = go(both, words=1)
+    assert got == pytest.approx(want["real"], rel=1e-6) and "the images are read; --use statistics" in err
+    got, err = go(both, "--use", "images", words=1)
+    assert got == pytest.approx(want["real"], rel=1e-6) and "the images are read\n" in err
+    got, err = go(both, "--use", "statistics", words=1)
+    assert got == pytest.approx(want["G2"], rel=1e-6) and "the statistics are read\n" in err
+    np.savez(tmp_path / "images.npz", arr_0=images)                 # has no choice, and so is read as it is
+    assert run(both, tmp_path / "images.npz", "--use", "statistics")[0] == 0
+    fails(both, fake, "--use", "statistics", "--kid", words=["both.npz", "--kid"])
+    for sides in ((folders / "real", fake), (tmp_path / "images.npz", fake), (tmp_path / "G2.npz", fake)):
+        fails(*sides, "--use", "statistics", words=["--use", "no .npz file holds both"])
+    fails(both, fake, "--use", "both", words=["--use"])
 
 
 def test_images_in_an_npz_keep_their_pixels_when_ranks_share_them(tmp_path, small_model):
