@@ -12,7 +12,9 @@ same in two lines of torch.
 Sources: H. Zhang et al., Self-Attention Generative Adversarial Networks, 2019 (attention, hinge loss, rates);
 I. Gulrajani et al., Improved Training of Wasserstein GANs, 2017 (gradient penalty); T. Miyato et al., Spectral
 Normalization for GANs, 2018. The layer sizes at 64x64 are those of the public PyTorch Self-Attention-GAN that the
-OKD-SAGAN paper builds on: G has 3,832,885 trainable parameters, D and the connector 3,175,299 each.
+OKD-SAGAN paper builds on: G has 3,832,885 trainable parameters, D and the connector 3,175,299 each. One thing
+differs: that code norms a transposed convolution's weight (in, out, 4, 4) as a matrix of `in` rows; here it has `out`
+rows, as Miyato et al. define it and torch does it. Its checkpoints load: from_reference in tests/test_sagan.py.
 """
 import importlib.util
 import sys

@@ -49,6 +49,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 
 import torch
 from torch.autograd import Function
@@ -56,7 +57,9 @@ from torch.autograd import Function
 # ---------------------------------------------------------------------------------------------- settings
 TRITON_FROM_N = 256     # "auto" takes Triton from here on: a guess, to be replaced by what bench_attention.py measures
 MAX_CQ = 64             # wider queries would need a loop over Cq too
-FUSED_FROM_N = 256      # on the CPU: below, a matrix is so small that the calls cost more than the products
+# On the CPU: below 256 positions a matrix is so small that the calls cost more than the products. Without AVX-512 the
+# fused form's backward pass lost at every shape (kernels/README.md), so there it is never used.
+FUSED_FROM_N = 256 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else math.inf
 # Of one block of attention_blocked. Smaller blocks are a little faster still on idle cores, but where another process
 # shares the cores every parallel region waits for its slowest thread, and small blocks have many regions.
 BLOCK_BYTES = 16 << 20
@@ -243,6 +246,11 @@ def attention_cpu(q, k, v):
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if _linear is None or traced or q.dtype != torch.float32 or q.shape[2] < FUSED_FROM_N:
         return attention_blocked(q, k, v)
+    return attention_fused(q, k, v)
+
+
+def attention_fused(q, k, v):
+    """attention image by image, for float32 on the CPU with oneDNN; its backward pass keeps no N x N matrix."""
     return _Fused.apply(*map(_dense, (q, k, v)))
 
 

@@ -29,8 +29,8 @@ from kernels import attention as A
 SHAPES = [(32, 256, 64), (64, 512, 16), (16, 128, 256), (8, 64, 1024), (8, 64, 4096), (32, 256, 4096)]      # Cq, C, N
 BATCH_SIZES = [25, 64]
 PHASES = ["forward", "forward+backward", "penalty", "second backward"]
-ON_ANY_DEVICE = ["eager", "eager v P^T", "eager in blocks", "ours on the CPU", "sdpa math", "explicit formulas"]
-ROWS = ["eager", "eager v P^T", "eager in blocks", "ours on the CPU", "compiled eager", "sdpa math", "sdpa efficient",
+ON_ANY_DEVICE = ["eager", "eager v P^T", "eager in blocks", "fused on the CPU", "sdpa math", "explicit formulas"]
+ROWS = ["eager", "eager v P^T", "eager in blocks", "fused on the CPU", "compiled eager", "sdpa math", "sdpa efficient",
         "explicit formulas", "ours"]
 FIELDS = ["date", "device", "torch", "triton", "Cq", "C", "N", "B", "precision", "phase", "graph", "impl",
           "median_us", "q20_us", "q80_us", "vs_eager", "of_floor", "peak_mib", "note"]
@@ -54,7 +54,7 @@ def measure(shape, B, phase, precision, graph, device="cuda", milliseconds=100, 
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         rows = [measure_row(name, tensors, phase, precision, graph, device, milliseconds)
-                for name in only if name != "ours on the CPU" or device == "cpu"]
+                for name in only if name != "fused on the CPU" or device == "cpu"]
     finally:
         torch.set_float32_matmul_precision(old)
     eager = None
@@ -174,7 +174,7 @@ def rival(name, precision):
         return torch.compile(A.attention, dynamic=False)
     ours = functools.partial(A.self_attention, impl="triton", precision=None if precision == "bf16" else precision)
     return {"eager": A.attention, "eager v P^T": usual, "eager in blocks": A.attention_blocked,
-            "ours on the CPU": A.attention_cpu, "ours": ours, "explicit formulas": Formulas.apply,
+            "fused on the CPU": A.attention_fused, "ours": ours, "explicit formulas": Formulas.apply,
             "sdpa math": sdpa("MATH"), "sdpa efficient": sdpa("EFFICIENT_ATTENTION")}[name]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import sagan
@@ -54,6 +55,92 @@ def test_spectral_norm_reaches_largest_singular_value_one():
 def test_bad_settings_are_named(make):
     with pytest.raises(ValueError, match="built for|is one of"):
         make()
+
+
+# ---------------------------------------------------------------------------------------------- the reference's weights
+G_PLACES = {"l1.0": 0, "l1.1": 1, "l2.0": 3, "l2.1": 4, "l3.0": 6, "l3.1": 7, "attn1": 9, "l4.0": 10, "l4.1": 11,
+            "attn2": 13, "last.0": 14}
+D_PLACES = {"l1.0": 0, "l2.0": 2, "l3.0": 4, "attn1": 6, "l4.0": 7, "attn2": 9, "last.0": 10}
+
+
+def from_reference(state, places, normed):
+    """A state_dict of the public Self-Attention-GAN at 64x64 -> ours. normed: keep spectral norm, or divide by it."""
+    ours = {}
+    for name, i in places.items():
+        part = {k.replace("module.", "")[len(name) + 1:]: v for k, v in state.items() if k.startswith(name + ".")}
+        if "weight_bar" in part:
+            w, u, v = (part.pop(f"weight_{x}") for x in ("bar", "u", "v"))
+            kept = {"original": w, "0._u": u, "0._v": v}
+            folded = {"weight": w / (u @ w.flatten(1) @ v)}
+            part |= {f"parametrizations.weight.{x}": y for x, y in kept.items()} if normed else folded
+        if name.startswith("attn"):
+            for x in ("weight", "bias"):
+                part[f"qkv.{x}"] = torch.cat([part.pop(f"{y}_conv.{x}") for y in ("query", "key", "value")])
+        ours |= {f"net.{i}.{k}": v for k, v in part.items()}
+    return ours
+
+
+def reference_state(layers, places, last):
+    """Random weights under the names and in the shapes of that code; u and v are the exact singular vectors."""
+    state = {}
+    for name, i in places.items():
+        for k, v in layers[i].state_dict().items():
+            state[f"{name}.{k}"] = torch.randn_like(v) * 0.05 if v.ndim > 1 else torch.rand_like(v.float()) + 0.1
+        if name.startswith("attn"):
+            split = layers[i].widths
+            for x in ("weight", "bias"):
+                parts = state.pop(f"{name}.qkv.{x}").split(split)
+                state.update(zip([f"{name}.{y}_conv.{x}" for y in ("query", "key", "value")], parts))
+        elif name.endswith(".0") and name != last:
+            w = state.pop(f"{name}.weight")
+            u, _, v = torch.linalg.svd(w.flatten(1), full_matrices=False)
+            state |= {f"{name}.module.weight_{x}": y for x, y in zip(("bar", "u", "v"), (w, u[:, 0], v[0]))}
+            state[f"{name}.module.bias"] = state.pop(f"{name}.bias")
+    return state
+
+
+def reference_layer(state, name, x):
+    """One layer of that code in eval mode."""
+    get = lambda key: state[f"{name}.{key}"]
+    if name.startswith("attn"):
+        project = lambda y: F.conv2d(x, get(f"{y}_conv.weight"), get(f"{y}_conv.bias")).flatten(2)
+        q, k, v = map(project, ("query", "key", "value"))
+        p = torch.softmax(torch.bmm(q.mT, k), -1)
+        return get("gamma") * torch.bmm(v, p.mT).view_as(x) + x
+    if name.endswith(".1"):
+        return F.relu(F.batch_norm(x, get("running_mean"), get("running_var"), get("weight"), get("bias")))
+    normed = f"{name}.module.weight_bar" in state
+    w, bias = (get("module.weight_bar"), get("module.bias")) if normed else (get("weight"), get("bias"))
+    if normed:
+        w = w / torch.linalg.matrix_norm(w.flatten(1), 2)           # rows: weight.shape[0], also of a transposed one
+    stride, padding = (1, 0) if x.shape[-1] in (1, 4) and len(bias) in (1, 512) else (2, 1)
+    if "l1.1.weight" in state:
+        return F.conv_transpose2d(x, w, bias, stride, padding)
+    x = F.conv2d(x, w, bias, stride, padding)
+    return F.leaky_relu(x, 0.1) if normed else x
+
+
+@pytest.mark.parametrize("network", ["G", "D"])
+def test_weights_of_the_reference_give_its_numbers(network):
+    """D keeps its spectral norm; of G, which that code norms along another dimension, the normed weights are taken."""
+    torch.manual_seed(0)
+    G = network == "G"
+    cls, places = (sagan.Generator, G_PLACES) if G else (sagan.Discriminator, D_PLACES)
+    state = reference_state(cls(spectral_norm="none").net, places, "last.0")
+    x = torch.randn(2, 128) if G else torch.randn(2, 3, 64, 64)
+    want = x[:, :, None, None] if G else x
+    for name in places:
+        want = reference_layer(state, name, want)
+    want = torch.tanh(want) if G else want.flatten()
+
+    def ours(**how):
+        net = cls(spectral_norm=how.pop("placement")).eval()
+        net.load_state_dict(from_reference(state, places, **how))
+        with torch.no_grad():
+            return net(x)
+    torch.testing.assert_close(ours(placement="none", normed=False), want, rtol=1e-4, atol=1e-5)
+    if not G:
+        torch.testing.assert_close(ours(placement="both", normed=True), want, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- attention
