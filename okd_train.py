@@ -72,10 +72,10 @@ TRAINER_HPARAMS = dict(
 )
 OWN_LOSS_HPARAMS = dict(lambda_gp=10.0)     # named by the losses below, for scripts that bring none
 
-# --quick: small images, thin networks, faster rates. At this size a step costs the number of its operations, not their
-# arithmetic, so a larger batch is nearly free. Only keys that the model script has are set.
-QUICK = dict(image_size=32, ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4, steps=1500, max_seconds=270,
-             sample_every=150, save_every=300)
+# --quick: the recipe "small" at 32x32 for some minutes. At this size a step costs the number of its operations, not
+# their arithmetic, so a larger batch is nearly free. Only keys that the model script has are set.
+QUICK = dict(image_size=32, steps=1500, max_seconds=270, sample_every=150, save_every=300)
+SMALL = dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4)       # "small" of scripts that bring no recipe
 
 EMA = 0.999                     # of the generators; all that is looked at or scored comes from the average
 CHUNK = 50                      # images per forward when sampling: fixed, so that an image does not depend on how many
@@ -621,6 +621,7 @@ class Script:
         self.autocast = bool(getattr(module, "autocast", False))    # its losses keep the penalty out of bf16
         self.channels_last = bool(getattr(module, "channels_last", False))      # its layers take either memory layout
         self.hparams = self.checked(own)
+        self.recipes = self.checked_recipes(getattr(module, "recipes", {}), own)
 
     def load(self):
         spec = importlib.util.spec_from_file_location(self.name, self.path)
@@ -644,7 +645,17 @@ class Script:
         if not holds:
             raise UserError(f"{self.path}{complaint}")
 
-    def checked(self, own):
+    def checked_recipes(self, recipes, own):
+        """{name of a recipe: {hparam: value}}, checked like hparams."""
+        plain = isinstance(recipes, dict) and all(isinstance(recipe, dict) for recipe in recipes.values())
+        self.must(plain, ": recipes must be a dict of dicts: {name: {hparam: value}}")
+        for name, recipe in recipes.items():
+            strange = recipe.keys() - self.hparams.keys()
+            self.must(not strange, f": recipes[{name!r}] sets {', '.join(map(str, strange))}, no key of hparams")
+        whole = {name: self.checked({**own, **recipe}, f"recipes[{name!r}]") for name, recipe in recipes.items()}
+        return {name: {key: whole[name][key] for key in recipe} for name, recipe in recipes.items()}
+
+    def checked(self, own, called="hparams"):
         """The script's hparams over the trainer's, in the trainer's types; UserError for what is no setting."""
         callables = (self.Generator, self.Discriminator,
                      self.discriminator_loss, self.generator_loss, self.connector_loss)
@@ -652,7 +663,7 @@ class Script:
         read |= TRAINER_HPARAMS.keys() | {"n_classes"}
         hparams = {k: v for k, v in {**TRAINER_HPARAMS, **OWN_LOSS_HPARAMS}.items() if k in read}
         for name, value in own.items():
-            entry = f": hparams[{name!r}] = {value!r}; "
+            entry = f": {called}[{name!r}] = {value!r}; "
             plain = isinstance(name, str) and name.isidentifier() and isinstance(value, (bool, int, float, str))
             self.must(plain, entry + "keys are names, values bool, int, float or str")
             self.must(not isinstance(value, float) or math.isfinite(value), entry + "it must be finite")
@@ -1621,7 +1632,7 @@ LIMITS = dict(
     n_classes=(1, 10 ** 5), log_every=(1, None), sample_every=(1, None), save_every=(1, None), fid_every=(1, None),
     fid_samples=(4, 10 ** 7),
     rho=(0, None), g_lr=(0, None), d_lr=(0, None), c_lr=(0, None), beta1=(0, 0.999999), beta2=(0, 0.999999))
-NONE_BY_DEFAULT = dict(data=str, epochs=float, max_seconds=float, device=str, precision=str,  # flags without default
+NONE_BY_DEFAULT = dict(data=str, recipe=str, epochs=float, max_seconds=float, device=str, precision=str,
                        fid_every=int, fid_samples=int, fid_data=str)
 MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device",
               "nproc", "cuda_graph", "precision"}                   # on --resume
@@ -1673,8 +1684,10 @@ def trainer_flags(p):
     add("--steps", type=int, default=50000, help="training steps in all (default 50000, the paper's)")
     add("--epochs", type=float, metavar="E", help="passes over the data in place of --steps")
     add("--max-seconds", type=float, metavar="S", help="stop after S seconds, saved; --resume goes on")
+    add("--recipe", metavar="NAME",
+        help="a set of the script's settings by its name, such as small: for a few thousand photos; flags win over it")
     add("--quick", action="store_true",
-        help="a first look within five minutes on two cores: small images, thin networks, own rates")
+        help="a first look within five minutes on two cores: the recipe small, images of 32x32")
     add("--seed", type=int, default=0, help="all chance of a run comes from it (default 0)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--nproc", type=int, metavar="K",
@@ -1748,14 +1761,14 @@ def named_script(argv):
 
 
 def settle(s, script, named):
-    """Put presets and a resumed run's settings in, and check every value. Returns what --quick changed."""
+    """Put a recipe and a resumed run's settings in, and check every value. Returns what the recipe set."""
     changed = {}
     if s.out is None:
         s.out = f"runs/{script.name}-{s.groups}"
     if s.resume and (Path(s.out) / "args.json").exists():
         take_settings(s, script, named)
-    elif s.quick:
-        for name, value in QUICK.items():
+    else:
+        for name, value in preset(s, script).items():
             if hasattr(s, name) and name not in named and (name != "steps" or "epochs" not in named):
                 setattr(s, name, value)
                 changed[name] = value
@@ -1763,6 +1776,16 @@ def settle(s, script, named):
         raise UserError("--steps and --epochs both say how long; give one")
     check_limits(s)
     return changed
+
+
+def preset(s, script):
+    """The settings that --recipe and --quick stand for."""
+    if s.quick and s.recipe is None:
+        s.recipe = "small"
+    known = {"small": SMALL, **script.recipes} if s.quick else script.recipes
+    if s.recipe is not None and s.recipe not in known:
+        raise UserError(f"--recipe {s.recipe}: {script.name} has {', '.join(known) or 'no recipes'}")
+    return {**known.get(s.recipe, {}), **(QUICK if s.quick else {})}
 
 
 def check_limits(s):
@@ -1892,7 +1915,7 @@ def git_revision():
 
 # ---------------------------------------------------------------------------------------------- training
 def train(s, script, named, changed, lock):
-    """A run from the data to the last step. named: flags that were given; changed: what --quick set."""
+    """A run from the data to the last step. named: flags that were given; changed: what a recipe set."""
     keep_freed_memory()
     device = pick_device(s.device)
     precision = set_precision(s, device)
@@ -1902,6 +1925,7 @@ def train(s, script, named, changed, lock):
     say = (lambda text: print(text, flush=True)) if ranks.rank == 0 else (lambda text: None)
     out = Path(s.out)
     data = shared_data(s, script, named, device, ranks, say)
+    say_channels = settle_channels(s, script, named, changed, data)
     if s.epochs is not None:
         s.steps = max(1, math.ceil(s.epochs * len(data.images) / (s.batch_size * s.n_critic)))
     settings = {name: value for name, value in vars(s).items() if name not in ("out", "data", "device")}
@@ -1925,9 +1949,25 @@ def train(s, script, named, changed, lock):
     with ranks.together():
         if ranks.rank == 0:
             begin_run(s, script, trainer, out, agents)
-    say(announcement(trainer, named, changed, precision))
+    say(announcement(trainer, named, changed, precision) + say_channels)
     loop(trainer, s, out, scores)
     ranks.close()
+
+
+def settle_channels(s, script, named, changed, data):
+    """One channel for grey images, under a recipe of a script that can make one; what there is to say about it."""
+    if "channels" not in script.hparams:
+        return ""
+    red, green, blue = data.images.unbind(1)
+    grey = torch.equal(red, green) and torch.equal(red, blue)
+    if s.channels == 1 and not grey:
+        return " Note: --channels 1 makes grey images of these coloured ones."
+    if s.channels == 1 or not grey or "channels" in named or s.resume:
+        return ""
+    if s.recipe is None:
+        return " Every image is grey: with --channels 1 the generators would make grey images only, and learn faster."
+    s.channels = changed["channels"] = 1
+    return " Every image is grey: --channels 3 would make coloured ones all the same."
 
 
 def loop(trainer, s, out, scores):
@@ -2101,7 +2141,7 @@ def announcement(trainer, named, changed, precision):
             f"Pictures every {s.sample_every} steps in {out / 'samples'}/, log every {s.log_every} in "
             f"{out / 'log.jsonl'}, checkpoint every {s.save_every}.")
     if changed:
-        text += " --quick set " + ", ".join(f"{flag(name)} {value}" for name, value in changed.items()) + "."
+        text += f" The recipe {s.recipe} set " + ", ".join(f"{flag(name)} {value}" for name, value in changed.items()) + "."
     if trainer.step_count:
         text += f" Resumed at step {trainer.step_count}."
     without_ring = {"rho", "c_lr", "c_penalty", "c_aux"} if s.groups == 1 else set()

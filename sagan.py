@@ -43,6 +43,8 @@ hparams = dict(
     lambda_gp=10.0,
     c_penalty="two-sided",      # two-sided | one-sided: one-sided leaves connectors alone where both generators agree
     spectral_norm="both",       # both | g | d | none; d means discriminators and connectors
+    up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves no checkerboard
+    channels=3,                 # 1: G makes one channel and shows it three times, for grey photos
 )
 channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
 autocast = True                 # the losses may run under autocast (--precision bf16); the penalty leaves it
@@ -56,20 +58,22 @@ class Generator(nn.Module):
     follows the last two hidden blocks, but never works on more than 32x32 positions.
     """
 
-    def __init__(self, image_size=64, z_dim=128, ch=64, spectral_norm="both"):
+    def __init__(self, image_size=64, z_dim=128, ch=64, spectral_norm="both", up="transposed", channels=3):
         super().__init__()
         levels, sn = _levels(image_size), _normed("g", spectral_norm)
         width, size = ch * 2 ** levels, 4
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels}; it is 1 or 3")
         layers = [sn(nn.ConvTranspose2d(z_dim, width, 4)), nn.BatchNorm2d(width), nn.ReLU()]
         for _ in range(levels):
-            layers += [sn(nn.ConvTranspose2d(width, width // 2, 4, 2, 1)), nn.BatchNorm2d(width // 2), nn.ReLU()]
+            layers += [*_doubling(up, width, width // 2, sn), nn.BatchNorm2d(width // 2), nn.ReLU()]
             width, size = width // 2, size * 2
             if size in {32: (8, 16)}.get(image_size, (16, 32)):
                 layers.append(SelfAttention(width))
-        self.net = nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh())
+        self.net = nn.Sequential(*layers, *_doubling(up, width, channels), nn.Tanh())
 
     def forward(self, z):
-        return self.net(z[:, :, None, None])
+        return self.net(z[:, :, None, None]).expand(-1, 3, -1, -1)
 
 
 class Discriminator(nn.Module):
@@ -152,6 +156,15 @@ def _levels(image_size):
     if image_size not in (32, 64, 128):
         raise ValueError(f"image_size is {image_size}; sagan.py is built for 32, 64 and 128")
     return {32: 2, 64: 3, 128: 4}[image_size]
+
+
+def _doubling(up, inp, out, sn=lambda layer: layer):
+    """Layers from (B, inp, H, W) to (B, out, 2H, 2W), by a transposed convolution or nearest neighbours and a 3x3."""
+    if up not in ("transposed", "nearest"):
+        raise ValueError(f"up is {up!r}; it is transposed or nearest")
+    if up == "transposed":
+        return [sn(nn.ConvTranspose2d(inp, out, 4, 2, 1))]
+    return [nn.Upsample(scale_factor=2), sn(nn.Conv2d(inp, out, 3, padding=1))]
 
 
 def _normed(which, spectral_norm):
