@@ -2141,7 +2141,7 @@ def announcement(trainer, named, changed, precision):
             f"Pictures every {s.sample_every} steps in {out / 'samples'}/, log every {s.log_every} in "
             f"{out / 'log.jsonl'}, checkpoint every {s.save_every}.")
     if changed:
-        text += f" The recipe {s.recipe} set " + ", ".join(f"{flag(name)} {value}" for name, value in changed.items()) + "."
+        text += f" The recipe {s.recipe} set {', '.join(f'{flag(k)} {v}' for k, v in changed.items())}."
     if trainer.step_count:
         text += f" Resumed at step {trainer.step_count}."
     without_ring = {"rho", "c_lr", "c_penalty", "c_aux"} if s.groups == 1 else set()
