@@ -35,6 +35,13 @@ hparams = dict(
     loss="bce",                 # bce | wgan-gp (then D has no BatchNorm)
     lambda_gp=10.0,             # only with wgan-gp
     c_aux=1.0,                  # weight of the class part in the connector's loss
+    class_loss="both",          # both | real | adc: what D's class head learns from; see class_losses
+    up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves no checkerboard
+    channels=3,                 # 1: G makes one channel and shows it three times, for grey photos
+)
+# For a few thousand photos and little time; what each part is worth stands in tests/README.md.
+recipes = dict(
+    small=dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4, class_loss="adc", up="nearest"),
 )
 channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
 autocast = True                 # the losses may run under autocast (--precision bf16); the penalty leaves it
@@ -47,31 +54,36 @@ class Generator(nn.Module):
     The label enters as a learned vector that multiplies z.
     """
 
-    def __init__(self, image_size=64, z_dim=128, n_classes=5, ch=64):
+    def __init__(self, image_size=64, z_dim=128, n_classes=5, ch=64, up="transposed", channels=3):
         super().__init__()
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels}; it is 1 or 3")
         levels = _levels(image_size)
         width = ch * 2 ** levels
         self.embed = nn.Embedding(n_classes, z_dim)
         layers = [nn.ConvTranspose2d(z_dim, width, 4), nn.BatchNorm2d(width), nn.ReLU()]             # 4x4
         for _ in range(levels):
-            layers += [nn.ConvTranspose2d(width, width // 2, 4, 2, 1), nn.BatchNorm2d(width // 2), nn.ReLU()]
+            layers += [*_doubling(up, width, width // 2), nn.BatchNorm2d(width // 2), nn.ReLU()]
             width //= 2
-        self.net = nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh())
+        self.net = nn.Sequential(*layers, *_doubling(up, width, channels), nn.Tanh())
 
     def forward(self, z, y):
-        return self.net((z * self.embed(y))[:, :, None, None])
+        return self.net((z * self.embed(y))[:, :, None, None]).expand(-1, 3, -1, -1)
 
 
 class Discriminator(nn.Module):
     """Images (B, 3, image_size, image_size) -> (source logits (B,), class logits (B, n_classes)).
 
+    With class_loss="adc" the class logits are (B, 2 * n_classes): real ones of each class, then fake ones of each.
     BatchNorm after the first block with loss="bce"; none with "wgan-gp", where the penalty is per sample.
     """
 
-    def __init__(self, image_size=64, n_classes=5, ch=64, loss="bce"):
+    def __init__(self, image_size=64, n_classes=5, ch=64, loss="bce", class_loss="both"):
         super().__init__()
         if loss not in ("bce", "wgan-gp"):
             raise ValueError(f"loss is {loss!r}; it is bce or wgan-gp")
+        if class_loss not in ("both", "real", "adc"):
+            raise ValueError(f"class_loss is {class_loss!r}; it is both, real or adc")
         layers, inp, width = [], 3, ch
         for level in range(_levels(image_size) + 1):
             layers.append(nn.Conv2d(inp, width, 4, 2, 1))
@@ -81,11 +93,20 @@ class Discriminator(nn.Module):
             inp, width = width, width * 2
         self.net = nn.Sequential(*layers, nn.Flatten())
         self.source = nn.Linear(inp * 4 * 4, 1)
-        self.label = nn.Linear(inp * 4 * 4, n_classes)
+        self.label = nn.Linear(inp * 4 * 4, n_classes * (2 if class_loss == "adc" else 1))
 
     def forward(self, x):
         h = self.net(x)
         return self.source(h).flatten().float(), self.label(h).float()              # autocast may have made them bf16
+
+
+def _doubling(up, inp, out):
+    """Layers from (B, inp, H, W) to (B, out, 2H, 2W), by a transposed convolution or nearest neighbours and a 3x3."""
+    if up not in ("transposed", "nearest"):
+        raise ValueError(f"up is {up!r}; it is transposed or nearest")
+    if up == "transposed":
+        return [nn.ConvTranspose2d(inp, out, 4, 2, 1)]
+    return [nn.Upsample(scale_factor=2), nn.Conv2d(inp, out, 3, padding=1)]
 
 
 def _levels(image_size):
@@ -96,28 +117,47 @@ def _levels(image_size):
 
 
 # ---------------------------------------------------------------------------------------------- losses
-def discriminator_loss(D, real, fake, y_real, y_fake, eps=None, loss="bce", lambda_gp=10.0):
+def discriminator_loss(D, real, fake, y_real, y_fake, eps=None, loss="bce", lambda_gp=10.0, class_loss="both"):
     """Source loss + class loss, 1:1, each summed over real and fake (L_S + L_C of the paper); means over the batch.
 
     real, fake (B, 3, H, W), fake detached; y_real, y_fake (B,) int64 -> (scalar, logs). eps (B, 1, 1, 1): uniforms for
     the penalty of wgan-gp.
     """
-    return _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, 1.0)
+    return _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, class_loss, 1.0)
 
 
-def connector_loss(C, neighbour, own, y_neighbour, y_own, eps=None, loss="bce", lambda_gp=10.0, c_aux=1.0):
+def connector_loss(C, neighbour, own, y_neighbour, y_own, eps=None, loss="bce", lambda_gp=10.0, class_loss="both",
+                   c_aux=1.0):
     """The same with the neighbour's images as real; the labels are those that both generators were asked for."""
-    return _critic_loss(C, neighbour, own, y_neighbour, y_own, eps, loss, lambda_gp, c_aux)
+    return _critic_loss(C, neighbour, own, y_neighbour, y_own, eps, loss, lambda_gp, class_loss, c_aux)
 
 
-def generator_loss(D, fake, y, loss="bce"):
+def generator_loss(D, fake, y, loss="bce", class_loss="both"):
     """fake (B, 3, H, W) with its graph, y (B,): look real, and like the class that was asked for -> scalar."""
     source, label = D(fake)
     look_real = F.binary_cross_entropy_with_logits(source, torch.ones_like(source)) if loss == "bce" else -source.mean()
-    return look_real + F.cross_entropy(label, y)
+    look_like_y = F.cross_entropy(label, y)
+    if class_loss == "adc":
+        look_like_y = look_like_y - F.cross_entropy(label, y + label.shape[1] // 2)
+    return look_real + look_like_y
 
 
-def _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, aux):
+def class_losses(c_real, c_fake, y_real, y_fake, class_loss):
+    """What D's class head learns from, summed over real and fake: cross entropy of logits (B, n_classes) -> scalar.
+
+    both: reals and fakes, as in the paper. On few photos G and D then agree on a code of their own, and the labels of
+    the images do not hold. real: reals alone. adc: logits (B, 2 * n_classes) tell real and fake ones of each class
+    apart, and G is to look like a real one and not like a fake one (L. Hou et al., Conditional GANs with Auxiliary
+    Discriminative Classifier, 2022).
+    """
+    of_reals = F.cross_entropy(c_real, y_real)
+    if class_loss == "real":
+        return of_reals
+    offset = c_fake.shape[1] // 2 if class_loss == "adc" else 0
+    return of_reals + F.cross_entropy(c_fake, y_fake + offset)
+
+
+def _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, class_loss, aux):
     if loss == "bce":
         (s_real, c_real), (s_fake, c_fake) = D(real), D(fake)       # two passes: BatchNorm sees real and fake apart
         source = (F.binary_cross_entropy_with_logits(s_real, torch.ones_like(s_real))
@@ -125,7 +165,7 @@ def _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, aux):
     else:
         (s_real, s_fake), (c_real, c_fake) = (a.split(len(real)) for a in D(torch.cat([real, fake])))
         source = s_fake.mean() - s_real.mean()
-    classes = F.cross_entropy(c_real, y_real) + F.cross_entropy(c_fake, y_fake)
+    classes = class_losses(c_real, c_fake, y_real, y_fake, class_loss)
     logs = {"w": (s_real.mean() - s_fake.mean()).detach(), "class_loss": classes.detach(),
             "accuracy": (c_real.argmax(1) == y_real).float().mean()}
     if loss == "wgan-gp":

@@ -78,6 +78,7 @@ QUICK = dict(image_size=32, steps=1500, max_seconds=270, sample_every=150, save_
 SMALL = dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4)       # "small" of scripts that bring no recipe
 
 EMA = 0.999                     # of the generators; all that is looked at or scored comes from the average
+NORM_CHUNKS = 10                # of CHUNK fakes each: what the averages' BatchNorm statistics are taken over
 CHUNK = 50                      # images per forward when sampling: fixed, so that an image does not depend on how many
                                 # are asked for
 NORMS_TOGETHER = {"cuda"}       # devices on which a launch costs more than its work: spectral norms are made together
@@ -139,6 +140,21 @@ class Group:
         torch._foreach_add_(average, torch._foreach_mul(torch._foreach_sub(live, average), pace))
         if self.copied[0]:
             torch._foreach_copy_(*self.copied)
+
+    @torch.no_grad()
+    def settle(self, s):
+        """Give the average BatchNorm statistics of its own weights; those of the live generator do not fit them."""
+        kind = torch.nn.modules.batchnorm._BatchNorm
+        norms = [m for m in self.ema.modules() if isinstance(m, kind) and m.track_running_stats]
+        momenta = [m.momentum for m in norms]
+        for m in norms:
+            m.reset_running_stats()
+            m.train().momentum = None                               # the plain mean of all passes
+        with parametrize.cached():
+            for k in range(NORM_CHUNKS if norms else 0):
+                self.ema(*(a.to(norms[0].running_mean.device) for a in chunk_of_inputs(s, k, "norms")))
+        for m, momentum in zip(norms, momenta):
+            m.eval().momentum = momentum
 
     def gammas(self):
         """{role: [gamma of each attention layer]}: every one-element parameter that is called gamma."""
@@ -1203,6 +1219,12 @@ ROLES = {"d": "discriminator", "c": "connector", "g": "generator"}
 
 
 @torch.inference_mode()
+def chunk_of_inputs(s, k, purpose):
+    """Chunk number k of a generator's inputs, drawn for `purpose`: (z,), or (z, y) with the classes in turn."""
+    z = draw(s.seed, k, 0, purpose, "normal", (CHUNK, s.z_dim))
+    return (z, (torch.arange(CHUNK) + k * CHUNK) % s.n_classes) if "n_classes" in s else (z,)
+
+
 def generate(G, z, y=None, chunk=CHUNK):
     """Images of a generator in eval mode: z (n, z_dim), y (n,) or None -> uint8 (n, H, W, 3)."""
     device = next(G.parameters()).device
@@ -1595,10 +1617,7 @@ class Scores:
 
     def fakes(self, G, chunk):
         """Features of one chunk of the n fakes of a generator: chunk in range(chunks())."""
-        classes = self.data.classes
-        z = draw(self.s.seed, chunk, 0, "fid", "normal", (CHUNK, self.s.z_dim))
-        y = (torch.arange(CHUNK) + chunk * CHUNK) % len(classes) if classes else None
-        return self.features(generate(G, z, y)[:self.n - chunk * CHUNK])
+        return self.features(generate(G, *chunk_of_inputs(self.s, chunk, "fid"))[:self.n - chunk * CHUNK])
 
     def features(self, images):
         try:
@@ -1992,6 +2011,9 @@ def loop(trainer, s, out, scores):
                 refuse_lost(trainer, out)
             for words in pace.news(trainer, s):
                 progress.say(words)
+            if due & {"sample", "fid", "save"}:
+                for g in trainer.groups:
+                    g.settle(s)
             if "log" in due:
                 write_log(trainer, losses, out, seconds, (step - first) * per_step / seconds)
             if "sample" in due:

@@ -46,6 +46,10 @@ hparams = dict(
     up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves no checkerboard
     channels=3,                 # 1: G makes one channel and shows it three times, for grey photos
 )
+# For a few thousand photos and little time; what each part is worth stands in tests/README.md.
+recipes = dict(
+    small=dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4, loss="hinge", spectral_norm="d", up="nearest"),
+)
 channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
 autocast = True                 # the losses may run under autocast (--precision bf16); the penalty leaves it
 

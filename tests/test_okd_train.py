@@ -371,6 +371,29 @@ def test_average_of_the_generator():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("model", ["sagan", "acgan"])
+def test_the_average_has_batchnorm_statistics_of_its_own(model):
+    """Those that its own maps have over keyed fakes; spectral norm and training stay as they are."""
+    t, other = (setup("--groups", "1", "--model", model, *TINY) for _ in range(2))
+    for _ in range(3):
+        t.step(), other.step()
+    g = t.groups[0]
+    stale = g.ema.net[1].running_mean.clone()
+    others = {k: v.clone() for k, v in g.ema.state_dict().items() if not k.endswith(("_mean", "_var", "_tracked"))}
+    g.settle(t.s)
+    inputs = [okd_train.chunk_of_inputs(t.s, k, "norms") for k in range(okd_train.NORM_CHUNKS)]
+    with torch.no_grad():
+        z = torch.cat([g.ema.embed(x[1]) * x[0] if len(x) > 1 else x[0] for x in inputs])
+        maps = g.ema.net[0](z[:, :, None, None])
+    torch.testing.assert_close(g.ema.net[1].running_mean, maps.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(g.ema.net[1].running_var, maps.var((0, 2, 3)), rtol=2e-2, atol=1e-6)
+    assert not torch.allclose(stale, g.ema.net[1].running_mean, rtol=1e-2) and not g.ema.training
+    assert g.ema.net[1].momentum == 0.1 and not g.ema.net[1].training
+    assert all(torch.equal(v, g.ema.state_dict()[k]) for k, v in others.items())
+    t.step(), other.step()
+    assert_same(t.state(), other.state())                           # the next step's buffers are the live ones again
+
+
 def test_sampling_uses_running_statistics_and_leaves_no_trace():
     t = setup("--groups", "1", *TINY)
     t.step()
@@ -712,6 +735,84 @@ def test_torchrun_with_one_process(photos, tmp_path):
     argv = ["--groups", "2", *TINY, "--data", photos, "--steps", "2", "--batch_size=3", "--out", tmp_path / "r"]
     run("torch.distributed.run", "--standalone", okd_train.__file__, "--model", "sagan", *argv, script="-m")
     assert json.loads((tmp_path / "r" / "args.json").read_text())["settings"]["batch_size"] == 3
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+RECIPES = """
+from torch import nn
+hparams = dict(ch=8, g_lr=1e-3)
+recipes = dict(small=dict(ch=4, batch_size=6), large=dict(ch=16))
+class Generator(nn.Module):
+    def __init__(self, ch=8):
+        super().__init__()
+class Discriminator(nn.Module):
+    pass
+"""
+
+
+def test_a_recipe_is_a_named_set_of_settings_and_flags_win(tmp_path):
+    (tmp_path / "own.py").write_text(RECIPES)
+
+    def settled(*argv):
+        s, script, named = okd_train.parse(["--model", str(tmp_path / "own.py"), *argv])
+        changed = okd_train.settle(s, script, named)
+        assert all(getattr(s, k) == v for k, v in changed.items()) and not named & changed.keys()
+        return s
+    plain, small = settled(), settled("--recipe", "small")
+    assert (plain.ch, plain.batch_size, plain.recipe) == (8, 25, None)
+    assert (small.ch, small.batch_size, small.image_size, small.steps) == (4, 6, 64, 50000)
+    assert settled("--recipe", "large").ch == 16
+    named = settled("--recipe", "small", "--ch", "9")
+    assert (named.ch, named.batch_size) == (9, 6)
+    quick = settled("--quick", "--batch-size", "7")
+    assert (quick.ch, quick.batch_size, quick.image_size, quick.recipe) == (4, 7, 32, "small")
+    assert settled("--quick", "--recipe", "large").ch == 16
+    with pytest.raises(okd_train.UserError, match="--recipe tiny: own has small, large"):
+        settled("--recipe", "tiny")
+
+
+def test_quick_of_a_script_without_recipes_takes_the_trainers(tmp_path):
+    (tmp_path / "own.py").write_text(RECIPES.replace("recipes", "others"))
+    s, script, named = okd_train.parse(["--model", str(tmp_path / "own.py"), "--quick"])
+    okd_train.settle(s, script, named)
+    assert s.ch == okd_train.SMALL["ch"] and s.d_lr == okd_train.SMALL["d_lr"]
+    s, script, named = okd_train.parse(["--model", str(tmp_path / "own.py"), "--recipe", "small"])
+    with pytest.raises(okd_train.UserError, match="own has no recipes"):
+        okd_train.settle(s, script, named)
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
+    """Photos with R = G = B, one of them stored as colour."""
+    folder, rng = tmp_path_factory.mktemp("steel"), np.random.default_rng(0)
+    for k in range(8):
+        image = Image.fromarray(rng.integers(0, 256, (32, 32), dtype=np.uint8))
+        (image.convert("RGB") if k == 3 else image).save(folder / f"{k}.png")
+    return folder
+
+
+@pytest.mark.parametrize("how, channels, says", [
+    ([], 3, "Every image is grey: with --channels 1"),
+    (["--recipe", "small"], 1, "--channels 1. Every image is grey: --channels 3"),
+    (["--recipe", "small", "--channels", "3"], 3, ""), (["--channels", "1"], 1, "")])
+def test_grey_photos_under_a_recipe_make_one_channel(grey, tmp_path, capsys, how, channels, says):
+    out = tmp_path / "r"
+    train("--groups", "1", *TINY, "--data", grey, "--steps", "1", "--out", out, *how)
+    said = capsys.readouterr().out
+    assert (says in said) if says else "is grey" not in said
+    G = okd_train.load_generator(out / "G1.pt")
+    x = G(torch.randn(2, 8))
+    assert x.shape == (2, 3, 32, 32) and okd_train.read_args(out)["channels"] == channels
+    assert torch.equal(x[:, 0], x[:, 1]) == (channels == 1)
+    train("--resume", "--out", out, "--steps", "2")                 # keeps its channel, and says nothing anew
+    assert "is grey" not in capsys.readouterr().out and okd_train.read_args(out)["channels"] == channels
+
+
+def test_colour_photos_keep_their_channels(photos, tmp_path, capsys):
+    train("--groups", "1", *TINY, "--data", photos, "--steps", "1", "--out", tmp_path / "a", "--recipe", "small")
+    assert okd_train.read_args(tmp_path / "a")["channels"] == 3 and "is grey" not in capsys.readouterr().out
+    train("--groups", "1", *TINY, "--data", photos, "--steps", "1", "--out", tmp_path / "b", "--channels", "1")
+    assert "--channels 1 makes grey images of these coloured ones" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
