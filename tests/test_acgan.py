@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import acgan
+import sagan
 from test_sagan import ROOT, check_main, decoys, python  # noqa: F401 (a fixture)
 
 
@@ -30,10 +31,35 @@ def test_the_label_multiplies_z():
     assert not torch.allclose(*G(torch.randn(2, 128), torch.ones(2, dtype=torch.long)))
 
 
-@pytest.mark.parametrize("bad", [dict(image_size=20), dict(loss="wgan")])
+@pytest.mark.parametrize("bad", [dict(image_size=20), dict(loss="wgan"), dict(class_loss="all")])
 def test_bad_settings_are_named(bad):
-    with pytest.raises(ValueError, match="built for|bce or wgan-gp"):
+    with pytest.raises(ValueError, match="built for|bce or wgan-gp|both, real or adc"):
         acgan.Discriminator(**bad)
+
+
+@pytest.mark.parametrize("bad", [dict(up="bilinear"), dict(channels=2)])
+@pytest.mark.parametrize("network", [acgan.Generator, sagan.Generator])
+def test_bad_settings_of_a_generator_are_named(network, bad):
+    with pytest.raises(ValueError, match="transposed or nearest|1 or 3"):
+        network(**bad)
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_nearest_neighbours_and_one_channel(size):
+    """Images of the same shape, grey; no transposed convolution but the first, which makes 4x4 from a point."""
+    for G, labels in ((acgan.Generator(size, ch=4, up="nearest", channels=1), [torch.tensor([0, 1])]),
+                      (sagan.Generator(size, ch=4, up="nearest", channels=1), [])):
+        x = G(torch.randn(2, 128), *labels)
+        assert x.shape == (2, 3, size, size) and torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
+        assert sum(isinstance(m, nn.ConvTranspose2d) for m in G.modules()) == 1
+
+
+def test_nearest_neighbours_leave_no_checkerboard():
+    """From one constant map the transposed convolution makes a pattern of two pixels, the other form a constant."""
+    torch.manual_seed(0)
+    flat = torch.ones(1, 4, 6, 6)
+    inner = lambda up: nn.Sequential(*sagan._doubling(up, 4, 1))(flat)[0, 0, 2:-2, 2:-2]
+    assert inner("nearest").std() < 1e-6 < 1e-3 < inner("transposed").std()
 
 
 def test_batchnorm_only_where_nothing_is_penalised():
@@ -68,6 +94,33 @@ def test_losses_on_hand_numbers():
     assert loss.item() == pytest.approx(source + classes / 4, rel=1e-6)
     want = (softplus(1) + softplus(-1)) / 2 + (softplus(-3) + math.log(2)) / 2
     assert acgan.generator_loss(Told(), fake, y_fake).item() == pytest.approx(want, rel=1e-6)
+
+
+class ToldTwice(nn.Module):
+    """Source logit 0; class logits (real 0, real 1, fake 0, fake 1) = means of channels 0, 1, 2 and 0."""
+
+    def forward(self, x):
+        m = x.mean((2, 3))
+        return torch.zeros(len(x)), torch.cat([m, torch.zeros(len(x), 1)], 1)
+
+
+def test_class_losses_on_hand_numbers():
+    """real: the fakes say nothing. adc: a real of class 0 is class 0, a fake of it class 2; G wants one and not two."""
+    real, fake, y = image(2.0, 1.0, 0.0), image(0.5, -1.0, 3.0), torch.tensor([0])
+    log_sum = lambda *v: math.log(sum(map(math.exp, v)))
+    source = 2 * math.log(2)
+    loss, logs = acgan.discriminator_loss(ToldTwice(), real, fake, y, y, class_loss="adc")
+    classes = log_sum(2, 1, 0, 0) - 2 + log_sum(0.5, -1, 3, 0) - 3
+    assert loss.item() == pytest.approx(source + classes, rel=1e-6) and logs["accuracy"] == 1
+    loss, _ = acgan.connector_loss(ToldTwice(), real, fake, y, y, class_loss="adc", c_aux=0.5)
+    assert loss.item() == pytest.approx(source + classes / 2, rel=1e-6)
+    loss = acgan.generator_loss(ToldTwice(), fake, y, class_loss="adc")
+    assert loss.item() == pytest.approx(math.log(2) + 3 - 0.5, rel=1e-6)
+    loss, logs = acgan.discriminator_loss(ToldTwice(), real, fake, y, y, class_loss="real")
+    assert logs["class_loss"].item() == pytest.approx(log_sum(2, 1, 0, 0) - 2, rel=1e-6)
+    assert loss.item() == pytest.approx(source + log_sum(2, 1, 0, 0) - 2, rel=1e-6)
+    D = acgan.Discriminator(image_size=32, ch=4, n_classes=3, class_loss="adc")
+    assert D(torch.zeros(2, 3, 32, 32))[1].shape == (2, 6)
 
 
 def test_wgan_gp_penalises_the_source_and_never_the_class_head():
