@@ -1385,6 +1385,44 @@ def save_generator(trainer, state_dict, path):
                     "z_dim": s.z_dim}, f)
 
 
+def step_of(path):
+    """The step of a generator's file; None where there is none that can be read."""
+    with contextlib.suppress(UserError, LookupError, TypeError):
+        return load_file(path)["step"]
+
+
+def best_score(out, i, groups):
+    """(score, step, every) of group i's lowest score in fid.jsonl; None without one. The first of equals."""
+    lines = [line for line in score_lines(out, groups) if math.isfinite(line[f"G{i}"])]
+    best = min(lines, key=lambda line: line[f"G{i}"], default=None)
+    return best and (best[f"G{i}"], best["step"], best.get("every", 1))
+
+
+def keep_best(trainer, states, out, say=None):
+    """Make G1.best.pt, ... the generators of the lowest scores in fid.jsonl. states: {i: average} of this step.
+
+    A score that only an end had is forgotten when the run goes on. What was best before it waits in .G1.best.pt.
+    """
+    for i, state in states.items():
+        path, before = out / f"G{i}.best.pt", out / f".G{i}.best.pt"
+        score, step, every = best_score(out, i, trainer.s.groups) or (None, None, 1)
+        held = step_of(path)
+        if held == step:
+            continue
+        elif step is None:
+            if held == trainer.step_count:
+                path.unlink()
+        elif step == trainer.step_count:
+            if step % every and path.exists():
+                os.replace(path, before)
+            save_generator(trainer, state, path)
+        elif step == step_of(before):
+            os.replace(before, path)
+        elif say:
+            say(f"Note: {path} is not of step {step}, where group {i} had its lowest score so far, {score:.2f}; "
+                "that generator is lost, a lower score replaces the file.")
+
+
 def load_generator(path, device="cpu", model=None):
     """G1.pt -> the generator in eval mode on `device`; `model` names the script where it moved. Raises UserError.
 
@@ -1494,8 +1532,8 @@ def score_lines(out, groups=1):
 
 def cut_log(path, step, every):
     """Drop what an interrupted run wrote after its checkpoint at `step`, half lines, and a line at `step` that only its
-    end had (no multiple of `every`)."""
-    kept = [line for line in read_lines(path) if line["step"] < step + (step % every == 0)]
+    end had (no multiple of `every`, or of what the line says itself)."""
+    kept = [line for line in read_lines(path) if line["step"] < step + (step % line.get("every", every) == 0)]
     if path.exists():
         with replacing(path) as f:
             f.write("".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -1583,7 +1621,7 @@ class Scores:
                             "scores need at least 4 of each")
 
     def __call__(self, trainer, out, progress):
-        """Append a line to fid.jsonl, keep each group's best generator as G1.best.pt; the line, on rank 0."""
+        """Append a line to fid.jsonl, keep each group's best generator as G1.best.pt. The step is in checkpoint.pt."""
         ranks, mine = trainer.ranks, {}
         for g in trainer.groups:
             for chunk in range(ranks.part, self.chunks(), ranks.replicas):
@@ -1591,18 +1629,14 @@ class Scores:
         parts = ranks.collect(mine)
         states = ranks.collect({g.i: on_cpu(g.ema.state_dict()) for g in trainer.groups})
         if parts is None:
-            return None
+            return
         groups = range(1, self.s.groups + 1)
         features = {i: np.concatenate([parts[i, chunk] for chunk in range(self.chunks())]) for i in groups}
-        line = self.line(trainer.step_count, features, out)
-        earlier = score_lines(out, self.s.groups)
-        for i in groups:
-            if all(line[f"G{i}"] < old[f"G{i}"] for old in earlier):
-                save_generator(trainer, states[i], out / f"G{i}.best.pt")
+        line = {**self.line(trainer.step_count, features, out), "every": self.s.fid_every}
         append_line(out / "fid.jsonl", line)
+        keep_best(trainer, states, out)
         shown = [f"G{i}" for i in groups] + ["mean", "union", "floor"]
         progress.say(f"{self.name} at step {line['step']}: " + "  ".join(f"{k} {line[k]:.2f}" for k in shown))
-        return line
 
     def line(self, step, features, out):
         """{group: features of its fakes} -> the line of fid.jsonl. A further score is another entry here."""
@@ -1722,7 +1756,7 @@ def trainer_flags(p):
     add("--sample-every", type=int, default=500, metavar="K", help="steps between sample grids (default 500)")
     add("--save-every", type=int, default=500, metavar="K", help="steps between checkpoints (default 500)")
     add("--fid-every", type=int, metavar="K",
-        help="score every group every K steps and at the end, into fid.jsonl (default never)")
+        help="score every group every K steps and at the end, saved before, into fid.jsonl (default never)")
     add("--fid-samples", type=int, metavar="N",
         help="fakes per group and score (default 2000 on the CPU, 10000 on CUDA)")
     add("--fid-data", metavar="DIR", help="held-out images to score against (default: the training images)")
@@ -1962,14 +1996,19 @@ def train(s, script, named, changed, lock):
                 lock.take(say)
             saved = open_run(s, data, out, agents)
     restore(trainer, saved, out)
-    if trainer.step_count >= s.steps:
+    owed = None
+    with ranks.together():
+        if saved:                                                   # on rank 0
+            owed = mend_run(trainer, saved, out, say) or None
+    saved, owed = None, ranks.first(owed)
+    if trainer.step_count >= s.steps and not owed:
         say(f"Nothing to do: {out} is at step {trainer.step_count} of {s.steps}; raise --steps to train on.")
         return ranks.close()
     with ranks.together():
         if ranks.rank == 0:
             begin_run(s, script, trainer, out, agents)
     say(announcement(trainer, named, changed, precision) + say_channels)
-    loop(trainer, s, out, scores)
+    loop(trainer, s, out, scores, owed)
     ranks.close()
 
 
@@ -1989,12 +2028,14 @@ def settle_channels(s, script, named, changed, data):
     return " Every image is grey: --channels 3 would make coloured ones all the same."
 
 
-def loop(trainer, s, out, scores):
-    """Steps, with logs, pictures, scores, checkpoints, and a way out that saves."""
+def loop(trainer, s, out, scores, owed=False):
+    """Steps, with logs, pictures, scores, checkpoints, and a way out that saves. owed: score before the first step."""
     ranks, begin, first = trainer.ranks, time.monotonic(), trainer.step_count
     progress = Progress(s.steps, quiet=ranks.rank > 0)
     pace, leaving, per_step = Pace(), False, s.batch_size * s.groups
     with Stop() as stop:
+        if owed:
+            scores(trainer, out, progress)
         while trainer.step_count < s.steps and not leaving:
             with calling(trainer.script, f"step {trainer.step_count + 1}"):
                 losses = trainer.step()
@@ -2006,7 +2047,7 @@ def loop(trainer, s, out, scores):
             signalled, late, bad = ranks.agree(stop.signal, late, bad)
             leaving = bool(signalled or late)
             if leaving:
-                due |= {"log", "sample", "save"}
+                due |= {"log", "sample", "save"} | ({"fid"} if scores and late and not signalled else set())
             if leaving or bad:
                 refuse_lost(trainer, out)
             for words in pace.news(trainer, s):
@@ -2018,18 +2059,19 @@ def loop(trainer, s, out, scores):
                 write_log(trainer, losses, out, seconds, (step - first) * per_step / seconds)
             if "sample" in due:
                 sample_grid(trainer, out / "samples" / f"step_{step:06d}.png")
-            if "fid" in due:
-                scores(trainer, out, progress)
             if "save" in due:
                 save_checkpoint(trainer, out)
+            if "fid" in due:
+                scores(trainer, out, progress)
             progress(step, lambda: mean_losses(losses), per_step)
     say_goodbye(trainer, s, out, scores, progress, signalled, time.monotonic() - begin)
 
 
 def what_is_due(s, step):
-    """Which of log, sample, save and fid come after this step; all of them after the last."""
+    """Which of log, sample, save and fid come after this step; all of them after the last. What is scored is saved."""
     every = {"log": s.log_every, "sample": s.sample_every, "save": s.save_every, "fid": s.fid_every}
-    return {what for what, k in every.items() if k and (step == s.steps or step % k == 0)}
+    due = {what for what, k in every.items() if k and (step == s.steps or step % k == 0)}
+    return due | {"save"} if "fid" in due else due
 
 
 def refuse_lost(trainer, out):
@@ -2128,15 +2170,25 @@ def restore(trainer, saved, out):
                 raise UserError(f"{out / 'checkpoint.pt'} does not fit these networks: {brief(e)}") from e
 
 
+def mend_run(trainer, state, out, say):
+    """Bring the files of a run to the step of its checkpoint `state`, whatever was being written when it ended.
+
+    Returns whether that step is still to be scored. Rank 0 only.
+    """
+    s, step, averages = trainer.s, state["step"], {i: group["ema"] for i, group in enumerate(state["groups"], 1)}
+    if step < s.steps:
+        saved = read_args(out)
+        cut_log(out / "log.jsonl", step, saved["log_every"])
+        cut_log(out / "fid.jsonl", step, saved.get("fid_every") or 1)
+    keep_best(trainer, averages, out, say)
+    return "fid" in what_is_due(s, step) and all(line["step"] != step for line in score_lines(out, s.groups))
+
+
 def begin_run(s, script, trainer, out, agents):
     """Write what stands at the beginning of a run, or of its continuation. Rank 0 only."""
     with writing(out):
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        if trainer.step_count:
-            saved = read_args(out)
-            cut_log(out / "log.jsonl", trainer.step_count, saved["log_every"])
-            cut_log(out / "fid.jsonl", trainer.step_count, saved.get("fid_every") or 1)
-        else:
+        if not trainer.step_count:
             (out / "log.jsonl").write_bytes(b"")
             (out / "fid.jsonl").unlink(missing_ok=True)             # of a run whose other files were deleted
     save_args(s, script, trainer.data, out, agents)

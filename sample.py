@@ -31,7 +31,6 @@ import functools
 import importlib.util
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -270,9 +269,15 @@ def group_files(group, n_groups, out):
     if group == "all":
         return {i: out / f"G{i}.pt" for i in range(1, n_groups + 1)}
     if group == "best":
-        scores = [(line[f"G{i}"], i) for line in okd_train.score_lines(out, n_groups) for i in range(1, n_groups + 1)]
-        _, best = min((pair for pair in scores if math.isfinite(pair[0])), default=(None, None))
-        return best and {best: out / f"G{best}.best.pt"}
+        found = {i: okd_train.best_score(out, i, n_groups) for i in range(1, n_groups + 1)}
+        best = min(filter(found.get, found), key=lambda i: found[i][0], default=None)
+        if best is None:
+            return None
+        path, step = out / f"G{best}.best.pt", found[best][1]
+        if (held := okd_train.step_of(path)) not in (None, step):
+            raise okd_train.UserError(f"{path} is of step {held}, but fid.jsonl has its lowest score at step {step}: a "
+                                      "run that was killed is mended by its --resume; or name a group")
+        return {best: path}
     numbers = [natural(part.removeprefix("G")) for part in group.split(",")]
     if not all(i and i <= n_groups for i in numbers) or len(set(numbers)) < len(numbers):
         raise okd_train.UserError(f"--group {group}: say all, best, or numbers from 1 to {n_groups} with commas "

@@ -18,9 +18,12 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped with a reason where there is none")
+    config.addinivalue_line("markers", "sabotage: further random moments of kills; only with -m sabotage")
 
 
 def pytest_collection_modifyitems(config, items):
+    if "sabotage" not in config.option.markexpr:
+        items[:] = [item for item in items if "sabotage" not in item.keywords or "[" not in item.name]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device on this machine")

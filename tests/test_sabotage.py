@@ -1,0 +1,150 @@
+"""Runs that are killed, stopped and started anew: nothing is lost, nothing is stale, and nobody is left at work.
+
+One seeded moment each; `pytest -m sabotage tests/test_sabotage.py` tries twenty.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+
+import pytest
+
+import okd_train
+import sample
+from conftest import noise
+from test_okd_train import TINY, assert_same, logs, train
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")]
+moments = pytest.mark.parametrize("moment", [0, *(pytest.param(k, marks=pytest.mark.sabotage) for k in range(1, 20))])
+SCORED = ["--fid-features", "random", "--fid-samples", "8"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return noise(tmp_path_factory.mktemp("photos"), ("Crack", "Spallation"), 8)
+
+
+@pytest.fixture(scope="module")
+def calm(photos, tmp_path_factory):
+    """A run of seven steps that nobody disturbs, and its command without --out."""
+    every = ["--log-every", "1", "--save-every", "3", "--fid-every", "2", "--sample-every", "1000"]
+    argv = ["--data", photos, *TINY, "--groups", "2", *every, *SCORED, "--steps", "7"]
+    out = tmp_path_factory.mktemp("calm") / "run"
+    train(*argv, "--out", out)
+    return out, argv
+
+
+def killed(n, *argv):
+    """okd_train.py in a fork, killed as it writes a line or names a file for the n-th time -> exit status, -9 if so.
+
+    A line is then half written, a file is whole under its other name.
+    """
+    pid = os.fork()
+    if pid == 0:
+        left, replace, append = [n], os.replace, okd_train.append_line
+
+        def die(before=lambda: None):
+            left[0] -= 1
+            if not left[0]:
+                before()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def append_line(path, line):
+            die(lambda: path.open("a").write(json.dumps(line)[:9]))
+            append(path, line)
+        os.replace = lambda *a: (die(), replace(*a))
+        okd_train.append_line = append_line
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            train(*argv)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def step(path):
+    return okd_train.load_file(path)["step"]
+
+
+def assert_equal_runs(a, b):
+    """The same numbers in every file, and no other files."""
+    names = lambda out: sorted(p.name for p in out.iterdir() if ".tmp" not in p.name)
+    assert names(a) == names(b) and logs(a) == logs(b)
+    assert okd_train.score_lines(a, 2) == okd_train.score_lines(b, 2)
+    for path in (a / "checkpoint.pt", *a.glob("*.best.pt")):
+        assert_same(okd_train.load_file(path), okd_train.load_file(b / path.name))
+
+
+# ---------------------------------------------------------------------------------------------- one truth for scores
+@moments
+def test_killed_at_any_write_it_ends_like_an_undisturbed_run(moment, calm, tmp_path):
+    r, out, (whole, argv) = random.Random(moment), tmp_path / "run", calm
+    for attempt in range(9):
+        resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
+        if not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        if killed(r.randint(2, 25) if attempt < 4 else 10 ** 9, *argv, "--out", out, *resume) == 0:
+            break
+    assert attempt >= 2
+    assert_equal_runs(whole, out)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """{step: score} that every group gets there in place of one that is measured."""
+    scores = {}
+
+    def line(self, step, features, out):
+        return {"step": step, **dict.fromkeys(("G1", "G2", "mean", "union", "floor"), scores[step])}
+    monkeypatch.setattr(okd_train.Scores, "line", line)
+    return scores
+
+
+def scored_at(out):
+    return [line["step"] for line in okd_train.score_lines(out, 2)]
+
+
+@pytest.mark.parametrize("end", [["--steps", "3"], ["--max-seconds", "0.001", "--steps", "7"]])
+def test_the_score_of_an_end_is_forgotten_when_the_run_goes_on(end, calm, table, tmp_path, capsys):
+    """--steps that is no multiple, and --max-seconds: scored at their end, yet later as if they had never been."""
+    table.update({1: 1.0, 2: 3.0, 3: 2.0, 4: 4.0, 6: 6.0, 7: 7.0})
+    argv = calm[1]
+    train(*argv, "--out", tmp_path / "whole")
+    train(*argv, *end, "--out", tmp_path / "run")
+    at = 3 if end[1] == "3" else 1
+    assert scored_at(tmp_path / "run")[-1] == step(tmp_path / "run/G1.best.pt") == at
+    assert f"rFD at step {at}: G1" in capsys.readouterr().out
+    train("--out", tmp_path / "run", "--resume", "--steps", "7", "--max-seconds", "1000")
+    assert scored_at(tmp_path / "run") == [2, 4, 6, 7] and step(tmp_path / "run/G2.best.pt") == 2
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_another_fid_every_loses_no_score(calm, table, tmp_path):
+    """Also where the run then dies before its next checkpoint: args.json tells another number than made the lines."""
+    table.update({2: 3.0, 4: 2.0, 6: 6.0, 7: 7.0})
+    out, argv = tmp_path / "run", calm[1]
+    train(*argv, "--steps", "4", "--out", out)
+    assert killed(2, *argv, "--fid-every", "6", "--resume", "--out", out) == -signal.SIGKILL
+    assert scored_at(out) == [2, 4]
+    train("--resume", "--out", out, "--steps", "7")
+    assert scored_at(out) == [2, 4, 6, 7] and step(out / "G1.best.pt") == 4
+
+
+def test_a_best_generator_that_cannot_be_had_again_is_said(calm, table, tmp_path, capsys):
+    table.update({2: 2.0, 4: 4.0, 6: 3.0, 7: 1.0})
+    out, argv = tmp_path / "run", calm[1]
+    train(*argv, "--steps", "4", "--out", out)
+    shutil.copy(out / "G2.pt", out / "G2.best.pt")                  # of step 4: a user's mistake
+    assert "is of step 4, but fid.jsonl has its lowest score at step 2" in refused_by(sample, capsys, out)
+    train("--out", out, "--resume", "--steps", "7")
+    text = capsys.readouterr().out
+    assert f"{out / 'G2.best.pt'} is not of step 2, where group 2 had its lowest score so far, 2.00" in text
+    assert text.count("lowest score") == 2 and step(out / "G2.best.pt") == 7
+
+
+def refused_by(program, capsys, out):
+    (out / "G1.best.pt").write_bytes((out / "G2.best.pt").read_bytes())
+    with pytest.raises(SystemExit):
+        program.main([str(out), "1", "--group", "best"])
+    return capsys.readouterr().err
