@@ -1532,11 +1532,13 @@ def score_lines(out, groups=1):
 
 def cut_log(path, step, every):
     """Drop what an interrupted run wrote after its checkpoint at `step`, half lines, and a line at `step` that only its
-    end had (no multiple of `every`, or of what the line says itself)."""
-    kept = [line for line in read_lines(path) if line["step"] < step + (step % line.get("every", every) == 0)]
-    if path.exists():
+    end had (no multiple of `every`, or of what the line says itself; every 0: it stays)."""
+    ends = lambda line: every and step % line.get("every", every)
+    kept = [line for line in read_lines(path) if line["step"] < step or line["step"] == step and not ends(line)]
+    text = "".join(json.dumps(line) + "\n" for line in kept).encode()
+    if path.exists() and path.read_bytes() != text:
         with replacing(path) as f:
-            f.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            f.write(text)
 
 
 class Lock:
@@ -2032,7 +2034,7 @@ def loop(trainer, s, out, scores, owed=False):
     """Steps, with logs, pictures, scores, checkpoints, and a way out that saves. owed: score before the first step."""
     ranks, begin, first = trainer.ranks, time.monotonic(), trainer.step_count
     progress = Progress(s.steps, quiet=ranks.rank > 0)
-    pace, leaving, per_step = Pace(), False, s.batch_size * s.groups
+    pace, leaving, signalled, per_step = Pace(), False, 0, s.batch_size * s.groups
     with Stop() as stop:
         if owed:
             scores(trainer, out, progress)
@@ -2176,10 +2178,12 @@ def mend_run(trainer, state, out, say):
     Returns whether that step is still to be scored. Rank 0 only.
     """
     s, step, averages = trainer.s, state["step"], {i: group["ema"] for i, group in enumerate(state["groups"], 1)}
-    if step < s.steps:
-        saved = read_args(out)
-        cut_log(out / "log.jsonl", step, saved["log_every"])
-        cut_log(out / "fid.jsonl", step, saved.get("fid_every") or 1)
+    saved, goes_on = read_args(out), step < s.steps
+    cut_log(out / "log.jsonl", step, goes_on and saved["log_every"])
+    cut_log(out / "fid.jsonl", step, goes_on and (saved.get("fid_every") or 1))
+    for i, average in averages.items():
+        if step_of(out / f"G{i}.pt") != step:
+            save_generator(trainer, average, out / f"G{i}.pt")
     keep_best(trainer, averages, out, say)
     return "fid" in what_is_due(s, step) and all(line["step"] != step for line in score_lines(out, s.groups))
 
