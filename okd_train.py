@@ -1606,7 +1606,7 @@ class Scores:
     """
 
     def __init__(self, s, data, device):
-        self.fid, self.s, self.data = beside("fid", "scoring"), s, data
+        self.fid, self.s, self.data, self.stop = beside("fid", "scoring"), s, data, None
         self.n = s.fid_samples or (10000 if device.type == "cuda" else 2000)
         self.images, self.of = data.images, data.digest
         if s.fid_data:
@@ -1622,16 +1622,28 @@ class Scores:
             raise UserError(f"--fid-every: {len(self.images)} real images and {self.n} fakes; "
                             "scores need at least 4 of each")
 
-    def __call__(self, trainer, out, progress):
-        """Append a line to fid.jsonl, keep each group's best generator as G1.best.pt. The step is in checkpoint.pt."""
-        ranks, mine = trainer.ranks, {}
-        for g in trainer.groups:
-            for chunk in range(ranks.part, self.chunks(), ranks.replicas):
+    def __call__(self, trainer, out, progress, stop):
+        """Append a line to fid.jsonl, keep each group's best generator as G1.best.pt. The step is in checkpoint.pt.
+
+        Returns the signal that `stop` of any rank has seen, on every rank, or 0. It ends the work, unless all is done.
+        """
+        ranks, mine, self.stop = trainer.ranks, {}, stop
+        jobs = [(g, chunk) for g in trainer.groups for chunk in range(ranks.part, self.chunks(), ranks.replicas)]
+        for k in range(*ranks.agree(len(jobs))):
+            signalled, = ranks.agree(stop.signal)
+            if signalled:
+                return signalled
+            for g, chunk in jobs[k:k + 1]:
                 mine[g.i, chunk] = self.fakes(g.ema, chunk)
         parts = ranks.collect(mine)
         states = ranks.collect({g.i: on_cpu(g.ema.state_dict()) for g in trainer.groups})
-        if parts is None:
-            return
+        if parts:
+            with contextlib.suppress(Stopped):
+                self.note(trainer, parts, states, out, progress)
+        return ranks.agree(stop.signal)[0]
+
+    def note(self, trainer, parts, states, out, progress):
+        """What rank 0 does with the features of all: {(group, chunk): features}, and the averages {group: state}."""
         groups = range(1, self.s.groups + 1)
         features = {i: np.concatenate([parts[i, chunk] for chunk in range(self.chunks())]) for i in groups}
         line = {**self.line(trainer.step_count, features, out), "every": self.s.fid_every}
@@ -1661,6 +1673,13 @@ class Scores:
         except self.fid.FidError as e:                              # of a user's own network
             raise UserError(f"--fid-every: {e}") from e
 
+    def watched(self, items):
+        """The items one by one; Stopped once there is a signal."""
+        for item in items:
+            if self.stop and self.stop.signal:
+                raise Stopped
+            yield item
+
     def real(self, out):
         """Features of the real images and the floor; from the run folder, if they are of these images and networks."""
         path = out / "real_features.npz"
@@ -1672,7 +1691,7 @@ class Scores:
                 with np.load(path, allow_pickle=False) as f:
                     if str(f["of"]) == of:
                         return f["features"], float(f["floor"])
-        features = self.features(self.images)
+        features = np.concatenate([self.features(x) for x in self.watched(self.images.split(CHUNK))])
         floor = float(self.distance(*self.fid.halves(features)))
         with replacing(path) as f:
             np.savez(f, features=features, floor=floor, of=of)
@@ -1705,9 +1724,9 @@ processes:
 
 runs:
   A run that exists is never overwritten, and while one process trains in a folder a second is refused (.lock, which
-  the kernel frees even after kill -9). Ctrl-C or SIGTERM finishes the step, saves and leaves; --resume goes on, on
-  the CPU with exactly the numbers of an undisturbed run, also after kill -9 (from the last checkpoint; the log is
-  cut back to it). Settings that are not named on --resume come from the run; naming another value is an error,
+  the kernel frees even after kill -9). Ctrl-C, SIGTERM or SIGHUP finishes the step, saves and leaves; --resume goes
+  on, on the CPU with exactly the numbers of an undisturbed run, also after kill -9 (from the last checkpoint; the
+  log is cut back to it). Settings that are not named on --resume come from the run; naming another value is an error,
   except for how long, how often, and on what device. Images and checkpoints are read as data and never executed; a
   model script is a program, and args.json and G1.pt name the one to load: use only runs that you trust.
 
@@ -2037,7 +2056,8 @@ def loop(trainer, s, out, scores, owed=False):
     pace, leaving, signalled, per_step = Pace(), False, 0, s.batch_size * s.groups
     with Stop() as stop:
         if owed:
-            scores(trainer, out, progress)
+            signalled = scores(trainer, out, progress, stop)
+            leaving = bool(signalled)
         while trainer.step_count < s.steps and not leaving:
             with calling(trainer.script, f"step {trainer.step_count + 1}"):
                 losses = trainer.step()
@@ -2049,7 +2069,7 @@ def loop(trainer, s, out, scores, owed=False):
             signalled, late, bad = ranks.agree(stop.signal, late, bad)
             leaving = bool(signalled or late)
             if leaving:
-                due |= {"log", "sample", "save"} | ({"fid"} if scores and late and not signalled else set())
+                due |= {"log", "sample", "save"} | ({"fid"} if scores and late else set())
             if leaving or bad:
                 refuse_lost(trainer, out)
             for words in pace.news(trainer, s):
@@ -2063,8 +2083,9 @@ def loop(trainer, s, out, scores, owed=False):
                 sample_grid(trainer, out / "samples" / f"step_{step:06d}.png")
             if "save" in due:
                 save_checkpoint(trainer, out)
-            if "fid" in due:
-                scores(trainer, out, progress)
+            if "fid" in due and not signalled:
+                signalled = scores(trainer, out, progress, stop)
+                leaving |= bool(signalled)
             progress(step, lambda: mean_losses(losses), per_step)
     say_goodbye(trainer, s, out, scores, progress, signalled, time.monotonic() - begin)
 
@@ -2297,15 +2318,19 @@ class Progress:
         self.open = False
 
 
+class Stopped(Exception):
+    """A signal came while a rank worked alone."""
+
+
 class Stop:
-    """SIGTERM and Ctrl-C finish the step. A second one ends a lone process at once; a launcher repeats its signals, so
-    there it does not."""
+    """SIGTERM, Ctrl-C and a terminal that closes finish the step. A second one ends a lone process at once; a launcher
+    repeats its signals, so there it does not."""
 
     def __init__(self):
         self.signal = 0
 
     def __enter__(self):
-        self.old = {k: signal.signal(k, self) for k in (signal.SIGTERM, signal.SIGINT)}
+        self.old = {k: signal.signal(k, self) for k in ending_signals()}
         return self
 
     def __call__(self, number, frame):
@@ -2316,6 +2341,13 @@ class Stop:
     def __exit__(self, *exc):
         for k, old in self.old.items():
             signal.signal(k, old)
+
+
+def ending_signals():
+    """SIGTERM, SIGINT, and SIGHUP where there is such a thing and nohup does not ignore it."""
+    hangup = getattr(signal, "SIGHUP", None)
+    heard = hangup and signal.getsignal(hangup) != signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([hangup] if heard else [])]
 
 
 # ---------------------------------------------------------------------------------------------- the machine
@@ -2402,7 +2434,8 @@ def launch(n, file, argv, device, hint):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)       # its report would bury our one line
     config = dict(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=f"okd{os.getpid()}", rdzv_backend="c10d",
-                  rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, start_method="spawn")
+                  rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, start_method="spawn",
+                  signals_to_handle=",".join(k.name for k in ending_signals()))
     try:
         with tempfile.TemporaryDirectory(prefix="okd_train_") as logs:    # its own it would leave
             started = elastic_launch(LaunchConfig(**config, logs_specs=DefaultLogsSpecs(logs)), sys.executable)

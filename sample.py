@@ -143,8 +143,8 @@ class Export:
         self.progress = okd_train.Progress(self.total, quiet=ranks.rank > 0, unit="image")
         if len({of["step"] for of in groups.values()}) > 1:
             steps = ", ".join(f"{g} of step {of['step']}" for g, of in groups.items())
-            self.progress.say(f"Note: these generators are of unequal steps: {steps}. A run that was killed while it saved "
-                              f"is mended by python okd_train.py --out {out} --resume.")
+            self.progress.say(f"Note: these generators are of unequal steps: {steps}. A run that was killed while it "
+                              f"saved is mended by python okd_train.py --out {out} --resume.")
 
     def files(self, job):
         """The files that a job fills: a chunk for the .npz to come, or the PNGs."""

@@ -7,13 +7,14 @@ import os
 import random
 import shutil
 import signal
+import time
 
 import pytest
 
 import okd_train
 import sample
 from conftest import noise
-from test_okd_train import TINY, assert_same, checkpoint, logs, refused, train
+from test_okd_train import TINY, assert_same, checkpoint, logs, refused, start, train
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")]
 moments = pytest.mark.parametrize("moment", [0, *(pytest.param(k, marks=pytest.mark.sabotage) for k in range(1, 20))])
@@ -105,17 +106,16 @@ def scored_at(out):
     return [line["step"] for line in okd_train.score_lines(out, 2)]
 
 
-@pytest.mark.parametrize("end", [["--steps", "3"], ["--max-seconds", "0.001", "--steps", "7"]])
-def test_the_score_of_an_end_is_forgotten_when_the_run_goes_on(end, calm, table, tmp_path, capsys):
+def test_the_score_of_an_end_is_forgotten_when_the_run_goes_on(calm, table, tmp_path, capsys):
     """--steps that is no multiple, and --max-seconds: scored at their end, yet later as if they had never been."""
     table.update({1: 1.0, 2: 3.0, 3: 2.0, 4: 4.0, 6: 6.0, 7: 7.0})
     argv = calm[1]
     train(*argv, "--out", tmp_path / "whole")
-    train(*argv, *end, "--out", tmp_path / "run")
-    at = 3 if end[1] == "3" else 1
-    assert scored_at(tmp_path / "run")[-1] == step(tmp_path / "run/G1.best.pt") == at
-    assert f"rFD at step {at}: G1" in capsys.readouterr().out
-    train("--out", tmp_path / "run", "--resume", "--steps", "7", "--max-seconds", "1000")
+    for at, end in ((1, ["--max-seconds", "0.001"]), (3, ["--resume", "--steps", "3", "--max-seconds", "1000"])):
+        train(*argv, *end, "--out", tmp_path / "run")
+        assert scored_at(tmp_path / "run")[-1] == step(tmp_path / "run/G1.best.pt") == at
+        assert f"rFD at step {at}: G1" in capsys.readouterr().out
+    train("--out", tmp_path / "run", "--resume", "--steps", "7")
     assert scored_at(tmp_path / "run") == [2, 4, 6, 7] and step(tmp_path / "run/G2.best.pt") == 2
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
 
@@ -200,3 +200,61 @@ def test_an_export_of_unequal_steps_says_so(calm, tmp_path, capsys):
         text = capsys.readouterr().out
         words = f"unequal steps: G1 of step {older}, G2 of step 7"
         assert older < 7 and (words in text and f"--out {out} --resume" in text) == said
+
+
+# ---------------------------------------------------------------------------------------------- signals
+def stopped(number, *argv):
+    with pytest.raises(SystemExit) as e:
+        train(*argv)
+    assert e.value.code == 128 + number
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("number, at, calls", [(signal.SIGTERM, 2, 1), (signal.SIGINT, 2, 2), (signal.SIGHUP, 7, 1)])
+def test_a_signal_while_scoring_saves_and_leaves_at_once(number, at, calls, calm, tmp_path, capsys, monkeypatch):
+    """Among the real images (the first call), the fakes, and after the last step; the score is made up for later."""
+    (whole, argv), out = calm, tmp_path / "run"
+    features, made, now = okd_train.Scores.features, [], [0]
+
+    def once(self, images):
+        made.append(now[0])
+        if made.count(at) == calls:
+            os.kill(os.getpid(), number)
+        return features(self, images)
+    scored = okd_train.Scores.__call__
+    monkeypatch.setattr(okd_train.Scores, "features", once)
+    monkeypatch.setattr(okd_train.Scores, "__call__",
+                        lambda self, t, *a: (now.__setitem__(0, t.step_count), scored(self, t, *a))[1])
+    stopped(number, *argv, "--out", out)
+    text = capsys.readouterr().out
+    assert f"Stopped by {number.name} at step {at}; saved in {out}. --resume goes on." in text
+    assert made.count(at) <= calls + 1 and checkpoint(out)["step"] == at and at not in scored_at(out)
+    assert not (out / ".lock").exists()
+    monkeypatch.undo()
+    train("--out", out, "--resume")
+    assert_equal_runs(whole, out)
+
+
+def test_nohup_is_heeded(calm, tmp_path, monkeypatch):
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        step = okd_train.Trainer.step
+        monkeypatch.setattr(okd_train.Trainer, "step", lambda t: (os.kill(os.getpid(), signal.SIGHUP), step(t))[1])
+        train(*calm[1], "--steps", "2", "--out", tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    assert checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_a_signal_to_the_launcher_while_two_processes_score(calm, tmp_path):
+    out = tmp_path / "run"
+    p = start(*calm[1], "--fid-samples", "20000", "--out", out, "--nproc", "2")
+    deadline = time.monotonic() + 60
+    while not (out / "G2.pt").exists() and p.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)                                            # saved, and it scores now
+    begin = time.monotonic()
+    p.send_signal(signal.SIGHUP)
+    text, errors = p.communicate(timeout=60)
+    assert p.returncode == 129 and time.monotonic() - begin < 20 and "Traceback" not in errors, errors
+    assert "Stopped by SIGHUP at step 2; saved" in text and checkpoint(out)["step"] == 2
+    assert not (out / "fid.jsonl").exists() and not (out / ".lock").exists()
