@@ -1906,7 +1906,7 @@ def take_settings(s, script, named):
     if "steps" in named and "epochs" not in named:
         s.epochs = None
     if clash:
-        raise UserError(f"--resume of {s.out}: {'; '.join(clash)}")
+        raise UserError(f"{s.out} was begun with other settings: {'; '.join(clash)}")
 
 
 def check_settings(saved, s, script):
@@ -2015,7 +2015,7 @@ def train(s, script, named, changed, lock):
         if ranks.rank == 0:
             if not s.resume or out.exists():                        # there is nothing to go on with
                 lock.take(say)
-            saved = open_run(s, data, out, agents)
+            saved = open_run(s, script, data, out, agents)
     restore(trainer, saved, out)
     owed = None
     with ranks.together():
@@ -2157,7 +2157,7 @@ def holds_run(out):
     return any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl"))
 
 
-def open_run(s, data, out, agents):
+def open_run(s, script, data, out, agents):
     """Read the checkpoint of the run that is to go on; None for a new one. Rank 0 only. No run is overwritten."""
     checkpoint, known = out / "checkpoint.pt", set(filter(None, agents))
     earlier = read_args(out)["agents"] if (out / "args.json").exists() else []
@@ -2165,6 +2165,8 @@ def open_run(s, data, out, agents):
     if s.resume or (restarted and checkpoint.exists()):
         if not checkpoint.exists():
             raise UserError(f"--resume: no checkpoint in {out}")
+        if not s.resume:
+            take_settings(s, script, named=vars(s).keys())
         saved = read_args(out)
         if saved["data_digest"] != data.digest:
             raise UserError(f"--resume: the {len(data.images)} images of {s.data or 'the synthetic set'} are not those "
@@ -2452,12 +2454,16 @@ def launch(n, file, argv, device, hint):
 
 
 def agent():
-    """Which torchrun this process was started by, the same over its restarts; "" without one."""
+    """A name for the torchrun that started this process, the same over its restarts and no other's; "" without one.
+
+    It is kept in torchrun's own store: run ids and process numbers return, in a container always.
+    """
     if OUTER in os.environ:
         return os.environ[OUTER]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} on {socket.gethostname()}, process {os.getppid()}"
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    return store.compare_set("okd/agent", "", uuid.uuid4().hex).decode()
 
 
 def check_launcher():

@@ -10,6 +10,7 @@ import signal
 import time
 
 import pytest
+import torch.distributed as dist
 
 import okd_train
 import sample
@@ -258,3 +259,30 @@ def test_a_signal_to_the_launcher_while_two_processes_score(calm, tmp_path):
     assert p.returncode == 129 and time.monotonic() - begin < 20 and "Traceback" not in errors, errors
     assert "Stopped by SIGHUP at step 2; saved" in text and checkpoint(out)["step"] == 2
     assert not (out / "fid.jsonl").exists() and not (out / ".lock").exists()
+
+
+# ---------------------------------------------------------------------------------------------- restarts
+def torchrun_at(monkeypatch):
+    """An environment as a new torchrun makes it for its only process, with a store of its own; returns the store."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port,
+               TORCHELASTIC_RUN_ID="none", TORCHELASTIC_USE_AGENT_STORE=True)
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(value))
+    return store
+
+
+def test_only_a_restart_goes_on_by_itself_and_with_its_own_settings(photos, tmp_path, monkeypatch, capsys):
+    """Another start has the same run id and, as in a container, the same process numbers."""
+    argv = ["--data", photos, *TINY, "--groups", "1", "--out", tmp_path / "run"]
+    first = torchrun_at(monkeypatch)
+    train(*argv, "--steps", "2")
+    train(*argv, "--steps", "3")
+    assert "Resumed at step 2" in capsys.readouterr().out
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.*")}
+    text = refused(capsys, *argv, "--steps", "4", "--seed", "5", "--g-lr", "2e-4")
+    assert "--seed is 0 there and 5 here" in text and "--g-lr is 0.0001 there and 0.0002 here" in text
+    second = torchrun_at(monkeypatch)
+    for more in ([], ["--seed", "5"]):
+        assert "already holds a run: go on with --resume" in refused(capsys, *argv, "--steps", "4", *more)
+    assert kept == {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.*")} and first.port != second.port
