@@ -2016,6 +2016,8 @@ def train(s, script, named, changed, lock):
             if not s.resume or out.exists():                        # there is nothing to go on with
                 lock.take(say)
             saved = open_run(s, script, data, out, agents)
+            for left in (*out.glob(".*.tmp[0-9]*"), *out.glob("samples/.*.tmp[0-9]*")):
+                left.unlink()                                       # of saves that were killed
     restore(trainer, saved, out)
     owed = None
     with ranks.together():
@@ -2326,17 +2328,22 @@ class Stopped(Exception):
 
 class Stop:
     """SIGTERM, Ctrl-C and a terminal that closes finish the step. A second one ends a lone process at once; a launcher
-    repeats its signals, so there it does not."""
+    repeats its signals, so there it does not. A launcher that is gone counts as SIGTERM."""
 
     def __init__(self):
-        self.signal = 0
+        self.caught = 0
+
+    @property
+    def signal(self):
+        alone = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
+        return self.caught or int(alone and signal.SIGTERM)
 
     def __enter__(self):
         self.old = {k: signal.signal(k, self) for k in ending_signals()}
         return self
 
     def __call__(self, number, frame):
-        self.signal = self.signal or int(number)
+        self.caught = self.caught or int(number)
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             self.__exit__()
 
@@ -2400,6 +2407,7 @@ def cores():
 
 # ---------------------------------------------------------------------------------------------- starting processes
 OUTER = "OKD_TRAIN_AGENT"       # which torchrun started us, told to the processes that we start ourselves
+PARENT = os.getppid()           # who started us; another later where that process is gone
 
 
 def processes(s):

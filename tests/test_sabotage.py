@@ -16,6 +16,7 @@ import okd_train
 import sample
 from conftest import noise
 from test_okd_train import TINY, assert_same, checkpoint, logs, refused, start, train
+from test_ranks import LONG, wait_for_steps
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")]
 moments = pytest.mark.parametrize("moment", [0, *(pytest.param(k, marks=pytest.mark.sabotage) for k in range(1, 20))])
@@ -71,7 +72,7 @@ def step(path):
 
 def assert_equal_runs(a, b):
     """The same numbers in every file, and no other files."""
-    names = lambda out: sorted(p.name for p in out.iterdir() if ".tmp" not in p.name)
+    names = lambda out: sorted(p.name for p in (*out.iterdir(), *out.rglob("*.tmp*")))
     assert names(a) == names(b) and logs(a) == logs(b)
     assert okd_train.score_lines(a, 2) == okd_train.score_lines(b, 2)
     for path in a.glob("*.pt"):
@@ -286,3 +287,37 @@ def test_only_a_restart_goes_on_by_itself_and_with_its_own_settings(photos, tmp_
     for more in ([], ["--seed", "5"]):
         assert "already holds a run: go on with --resume" in refused(capsys, *argv, "--steps", "4", *more)
     assert kept == {p.name: p.read_bytes() for p in (tmp_path / "run").glob("*.*")} and first.port != second.port
+
+
+# ---------------------------------------------------------------------------------------------- who is left behind
+def test_ranks_end_with_their_launcher(photos, tmp_path):
+    """They save and free the run folder within a step."""
+    out = tmp_path / "run"
+    p = start(*LONG, "--data", photos, "--out", out, "--nproc", "2")
+    wait_for_steps(out, 5, p)
+    p.kill()
+    text, errors = p.communicate(timeout=60)                        # until the ranks, who hold its ends, are gone
+    assert "Stopped by SIGTERM" in text and "Traceback" not in errors, errors
+    assert not (out / ".lock").exists() and checkpoint(out)["step"] == logs(out)[-1]["step"]
+
+
+def test_without_a_launcher_a_parent_that_ends_does_not_matter(calm, tmp_path, monkeypatch):
+    """As with nohup, or a shell that ends: the process gets another parent and goes on."""
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    stop = okd_train.Stop()
+    assert not stop.signal
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert stop.signal == signal.SIGTERM
+
+
+def test_what_killed_saves_left_is_removed(calm, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(calm[0], out)
+    left = [out / ".checkpoint.pt.tmp123", out / "samples/.real.png.tmp4"]
+    mine = [out / ".mine.tmp", out / "x.tmp1", out / ".tmp.png"]
+    for path in (*left, *mine):
+        path.write_bytes(b"x")
+    refused(capsys, *calm[1], "--out", out)                         # no start that trains here
+    assert all(path.exists() for path in left)
+    train("--out", out, "--resume")
+    assert not any(path.exists() for path in left) and all(path.exists() for path in mine)
