@@ -862,15 +862,28 @@ def load_folder(folder, size, conditional, skip_bad, say):
     bad = [r for r in results if isinstance(r, str)]
     if bad:
         if not skip_bad:
-            raise UserError(f"{len(bad)} of {len(files)} images cannot be read: {'; '.join(bad)}. "
+            raise UserError(f"{len(bad)} of {len(files)} images cannot be read: {first_of(bad)}. "
                             "Mend or remove them, or pass --skip-bad")
-        say(f"Skipped {len(bad)} unreadable images: {'; '.join(bad)}.")
+        say(f"Skipped {len(bad)} unreadable images: {first_of(bad)}.")
         good = [k for k, r in enumerate(results) if not isinstance(r, str)]
         images, labels = images[good], labels[good]
+        empty = [name for k, name in enumerate(classes) if k not in labels]
+        if empty:
+            raise UserError(f"--data {folder}: no image of {', '.join(empty)} can be read: mend them, or take the class "
+                            "folder away")
     resized = sum(r is True for r in results)
     if resized:
         say(f"{resized} of {len(images)} images were cut to their centre square and resized to {size}x{size}.")
     return torch.from_numpy(images), torch.from_numpy(labels), classes
+
+
+def first_of(complaints, most=20):
+    """The first of these in one line, and the name of a new file with all of them where they are more."""
+    if len(complaints) <= most:
+        return "; ".join(complaints)
+    with tempfile.NamedTemporaryFile("w", prefix="unreadable_", suffix=".txt", delete=False, encoding="utf-8") as f:
+        f.write("".join(one_line(text) + "\n" for text in complaints))
+    return f"{'; '.join(complaints[:most])}; and so on, all are in {f.name}"
 
 
 def class_files(folder, conditional):

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 
 import pytest
@@ -99,7 +100,7 @@ def table(monkeypatch):
     scores = {}
 
     def line(self, step, features, out):
-        return {"step": step, **dict.fromkeys(("G1", "G2", "mean", "union", "floor"), scores[step])}
+        return {"step": step, **dict.fromkeys(("G1", "G2", "mean", "union", "floor", "floor_spread"), scores[step])}
     monkeypatch.setattr(okd_train.Scores, "line", line)
     return scores
 
@@ -321,3 +322,34 @@ def test_what_killed_saves_left_is_removed(calm, tmp_path, capsys):
     assert all(path.exists() for path in left)
     train("--out", out, "--resume")
     assert not any(path.exists() for path in left) and all(path.exists() for path in mine)
+
+
+# ---------------------------------------------------------------------------------------------- what cannot be read
+def test_a_class_of_which_nothing_can_be_read_is_refused(photos, tmp_path, capsys):
+    """--skip-bad would train it, and exports would carry its label."""
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    for path in (data / "Crack").iterdir():
+        path.write_bytes(b"")
+    argv = ["--data", data, *TINY, "--groups", "1", "--skip-bad", "--steps", "1", "--out", tmp_path / "run"]
+    assert "no image of Crack can be read" in refused(capsys, *argv, "--model", "acgan")
+    train(*argv)                                                    # without classes it does not matter
+    assert "Skipped 8 unreadable images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n, named", [(20, 20), (27, 20)])
+def test_at_most_twenty_unreadable_files_are_named_on_the_line(n, named, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    for k in range(n):
+        (data / "Crack" / f"bad {k}\n.png").write_bytes(b"")
+    argv = ["--data", data, *TINY, "--groups", "1", "--steps", "1", "--out", tmp_path / "run"]
+    for skip in (False, True):
+        text = train(*argv, "--skip-bad") or capsys.readouterr().out if skip else refused(capsys, *argv)
+        assert text.count("Crack/bad") == named and f"{n} " in text
+        found = list(tmp_path.glob("unreadable_*.txt"))
+        assert len(found) == (n > 20)
+        for path in found:
+            assert f"all are in {path}" in text and len(path.read_text().splitlines()) == n
+            path.unlink()
