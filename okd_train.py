@@ -1663,15 +1663,21 @@ class Scores:
         append_line(out / "fid.jsonl", line)
         keep_best(trainer, states, out)
         shown = [f"G{i}" for i in groups] + ["mean", "union", "floor"]
+<<<<<<< HEAD
         progress.say(f"{self.name} at step {line['step']}: " + "  ".join(f"{k} {line[k]:.2f}" for k in shown))
+=======
+        progress.say(f"{self.name} at step {line['step']}: " + "  ".join(f"{k} {line[k]:.2f}" for k in shown)
+                     + f" +- {line['floor_spread']:.2f}")
+        return line
+>>>>>>> a27aaaa (The floor stands at the scores' own n, with its spread: extrapolated from halves and quarters of REAL, in parts of the sets' ratio for shares)
 
     def line(self, step, features, out):
         """{group: features of its fakes} -> the line of fid.jsonl. A further score is another entry here."""
-        real, floor = self.real(out)
+        real, (floor, spread) = self.real(out)
         scores = {f"G{i}": float(self.distance(real, f)) for i, f in features.items()}
         union = float(self.distance(real, np.concatenate(list(features.values()))))
         return {"step": step, "score": self.name, "samples": self.n, "reals": len(real), **scores,
-                "mean": sum(scores.values()) / len(scores), "union": union, "floor": floor}
+                "mean": sum(scores.values()) / len(scores), "union": union, "floor": floor, "floor_spread": spread}
 
     def chunks(self):
         return math.ceil(self.n / CHUNK)
@@ -1694,8 +1700,8 @@ class Scores:
             yield item
 
     def real(self, out):
-        """Features of the real images and the floor; from the run folder, if they are of these images and networks."""
-        path = out / "real_features.npz"
+        """Features of the real images, and (floor, its spread) for n fakes; from the run folder, if they are kept."""
+        path, kept = out / "real_features.npz", {}
         own = self.s.fid_features.endswith(".py")                   # then its text counts, not where it lies
         kind = digest(Path(self.s.fid_features), 16) if own else self.s.fid_features
         of = f"{self.of} {kind} {self.model.digest}"
@@ -1703,11 +1709,19 @@ class Scores:
             with contextlib.suppress(Exception):                    # cut or foreign: computed anew
                 with np.load(path, allow_pickle=False) as f:
                     if str(f["of"]) == of:
+<<<<<<< HEAD
                         return f["features"], float(f["floor"])
         features = np.concatenate([self.features(x) for x in self.watched(self.images.split(CHUNK))])
         floor = float(self.distance(*self.fid.halves(features)))
+=======
+                        kept = dict(f)
+        if kept.get("n") == self.n:
+            return kept["features"], tuple(map(float, kept["floors"]))
+        features = kept["features"] if kept else self.features(self.images)
+        floor = self.fid.floor(features, self.n, self.distance)
+>>>>>>> a27aaaa (The floor stands at the scores' own n, with its spread: extrapolated from halves and quarters of REAL, in parts of the sets' ratio for shares)
         with replacing(path) as f:
-            np.savez(f, features=features, floor=floor, of=of)
+            np.savez(f, features=features, n=self.n, floors=floor, of=of)
         return features, floor
 
 
@@ -2162,8 +2176,9 @@ def say_goodbye(trainer, s, out, scores, progress, signalled, seconds):
     lines = score_lines(out, s.groups) if scores else []
     if lines:
         best, i, at = min((line[f"G{i}"], i, line["step"]) for line in lines for i in range(1, s.groups + 1))
-        progress.say(f"Best: group {i} at step {at} with {scores.name} {best:.2f} (floor {lines[-1]['floor']:.2f}), "
-                     f"in {out / f'G{i}.best.pt'}.")
+        floor, spread = (lines[-1][k] for k in ("floor", "floor_spread"))
+        progress.say(f"Best: group {i} at step {at} with {scores.name} {best:.2f} (fresh images: about {floor:.2f} "
+                     f"+- {spread:.2f}), in {out / f'G{i}.best.pt'}.")
     progress.say(f"Done: {step} steps, {span(seconds)}. Look at {out / 'samples'}/; python sample.py {out} 1000 writes "
                  f"images, python report.py {out} a page.")
 

@@ -182,10 +182,11 @@ def scores(run):
     name = last.get("score", "score")
     random = "networks with random weights (rFD: a smoke test; compare it with rFD alone)"
     features = {"rFD": random, "FID": "the Inception network"}.get(name, f"a network of your own: {name}")
+    spread = f" (+- {last['floor_spread']:.2g})" if "floor_spread" in last else ""
     counts = f"{last.get('samples', '?')} generated images per group and {last.get('reals', '?')} real ones"
     about = (f"The distance between {counts}, in the features of {features}; lower is better. "
-             "union: all groups together. floor: one half of the real images against the other, "
-             "about the best that can be expected.")
+             "union: all groups together. floor: what as many fresh photos would read, estimated from parts of the "
+             f"real images{spread}; a perfect generator reads near it, below as often as above.")
     head = ("", f"last (step {last['step']})", "best", "at step")
     return paragraph(about) + table(f"{name} at {len(lines)} steps", head, rows)
 
@@ -621,7 +622,7 @@ def closest(run):
     """The 10 fakes of every group that are closest to a training image, each above that image.
 
     -> (picture, rows [(group, share of COPIES fakes that look copied, smallest distance)], kind of features); the last
-    row is one half of the real images against the other. UserError where the images of the training cannot be had.
+    row is a part of the real images against the others. UserError where the images of the training cannot be had.
     """
     s, generators = run.s, run.generators
     fid = okd_train.beside("fid", "the comparison with the training images")
@@ -636,7 +637,7 @@ def closest(run):
             fid.find_weights(download=False)
         except fid.FidError:
             kind = "random"
-    ours = argparse.Namespace(**{**vars(s), "fid_data": None, "fid_features": kind, "fid_samples": None})
+    ours = argparse.Namespace(**{**vars(s), "fid_data": None, "fid_features": kind})
     scorer = okd_train.Scores(ours, data, run.device)
     fakes, kind = f"{len(generators)} x {COPIES} fakes", scorer.model.name
     print(f"Comparing {fakes} with the {len(images)} training images, {kind} features.", flush=True)
@@ -652,10 +653,11 @@ def closest(run):
             nearest = okd_train.to_hwc(data.images[torch.from_numpy(index[order])])
             blocks.append((f"G{i}, real", np.concatenate([fakes[order], nearest])))
             rows.append((f"G{i}", share, float(distance.min())))
-        _, distance, share = fid.copies(*fid.halves(real))
+        found = [fid.copies(real[a], real[b]) for a, b in fid.parts(len(real), COPIES)]
     except fid.FidError as e:
         raise okd_train.UserError(str(e)) from e
-    rows.append(("floor: one half of the real images against the other", share, float(distance.min())))
+    share, nearest = np.mean([(share, distance.min()) for _, distance, share in found], axis=0)
+    rows.append(("floor: real images against other real ones", float(share), float(nearest)))
     return okd_train.grid(blocks, len(order)), rows, kind
 
 

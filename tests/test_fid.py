@@ -717,7 +717,7 @@ def test_own_features_are_what_the_file_computes_in_every_score(run, folders, ow
     assert status == 0, err
     lines = dict(l.split(": ") for l in out.splitlines())
     assert "FID" not in out + err and "FD (linear-6) from 13 images" in err
-    assert all(k.endswith(" (linear-6)") for k in lines) and len(lines) == 16
+    assert all(k.endswith(" (linear-6)") for k in lines) and len(lines) == 22
     assert float(lines["FD (linear-6)"]) == pytest.approx(fid.frechet_distance(*want), abs=1e-4)
     assert float(lines["KID (linear-6)"]) == pytest.approx(fid.kernel_distance(*want)[0], abs=1e-5)
     assert {float(lines[f"{k} (k=5) (linear-6)"]) for k in ("recall",)} == {round(fid.prdc(*want)["recall"], 4)}
@@ -1157,7 +1157,8 @@ def test_one_line_per_number(run, folders):
     lines = out.splitlines()
     quality = [f"{k} (k=5)" for k in ("precision", "recall", "density", "coverage")]
     names = ["FID", "KID", "KID standard error", *quality]
-    assert [l.split(": ")[0] for l in lines] == names + [f"floor {n}" for n in names]
+    floors = [f"{k} {n}" for k in ("floor", "floor spread") for n in names if n != "KID standard error"]
+    assert [l.split(": ")[0] for l in lines] == names + floors
     assert all(float(l.split(": ")[1]) is not None for l in lines)
     assert "FID from 13 images is biased upwards" in err and "images/s" in err and "not the published ones" in err
 
@@ -1177,9 +1178,18 @@ def test_numbers_on_the_command_line_are_those_of_the_library(run, folders, smal
     both = np.concatenate([f["G1"], f["G2"]])
     assert got["union"]["n"] == 25
     assert got["union"]["fid"] == pytest.approx(fid.frechet_distance(f["real"], both), rel=1e-9)
-    halves = fid.halves(f["real"])
-    assert got["floor"]["n"] == 7 and got["floor"]["fid"] == pytest.approx(fid.frechet_distance(*halves), rel=1e-9)
-    assert not set(map(bytes, halves[0])) & set(map(bytes, halves[1])) and len(halves[0]) == len(halves[1]) == 7
+    for n in (12, 13):                          # of the two FAKE
+        floors = [got[f"floor_{n}"], got[f"floor_{n}_spread"]]
+        assert [x["n"] for x in floors] == [n, n] and not any("kid_se" in x for x in floors)
+        assert [x["fid"] for x in floors] == pytest.approx(fid.floor(f["real"], n), rel=1e-9)
+        pairs = [(f["real"][a], f["real"][b]) for a, b in fid.parts(14, n, 6)]
+        coverage = [fid.prdc(*pair)["coverage"] for pair in pairs]
+        assert len(pairs[0][0]) == 20 - n
+        scale = (2 * (20 - n) * (n - 6) / 14) / (2 * 14 * n / (14 + n))
+        want = [np.mean(coverage), np.std(coverage, ddof=1) * scale ** 0.5]
+        assert [x["coverage"] for x in floors] == pytest.approx(want)
+        kids = [fid.kernel_distance(*pair)[0] * scale for pair in pairs]
+        assert [x["kid"] for x in floors] == pytest.approx([np.mean(kids), np.std(kids, ddof=1)])
     status, out, _ = run(folders / "real", folders / "G1", folders / "G2")
     rows = [l.split() for l in out.splitlines()]
     assert [r[0] for r in rows[1:]] == ["G1", "G2", "mean", "union"]
@@ -1248,7 +1258,7 @@ def test_copies_are_found_and_pictured(run, fails, folders, tmp_path, small_mode
     np.testing.assert_array_equal(index, d.argmin(1))
     np.testing.assert_allclose(distance, d.min(1), rtol=1e-6, atol=1e-7)
     assert share == (d.min(1) < own.min(1)[d.argmin(1)]).mean() >= 0.1
-    assert got["fakes"][0]["copies"] == pytest.approx(share) and 0 <= got["floor"]["copies"] <= 1
+    assert got["fakes"][0]["copies"] == pytest.approx(share) and 0 <= got["floor_13"]["copies"] <= 1
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG" and sheet.size == (4 * 272 + 16, 8 * 178 + 16)
         pixels = np.asarray(sheet)
@@ -1339,8 +1349,8 @@ def test_runs_are_the_rows_of_the_papers_table(run, runs, monkeypatch):
             ["acgan-1", "12", say(entry["acgan-1/fakes/G1"][key])] + ["-"] * 6,
             ["acgan-3", "12", "-", *row("acgan-3", (1, 2, 0, 10))],
             ["sagan-3", "12", "-", *row("sagan-3", (1, 2, 3, 0))],
-            ["floor", "12", say(got["floor"][key])] + ["-"] * 6,
-        ]
+            *([*words, "12", say(got["_".join(words)][key]), *["-"] * 6]
+              for words in (["floor"], ["floor", "spread"]) if key != "rkid_se")]
         scores = [entry[f"sagan-3/fakes/G{k}"][key] for k in (1, 2, 3)]
         assert by_run["sagan-3"]["mean"][key] == pytest.approx(np.mean(scores))
     # The union of a run is that of its folders.
@@ -1386,9 +1396,58 @@ def test_rfd_from_sums_is_that_of_features(monkeypatch):
     assert kept == [True, False]
 
 
+@pytest.mark.parametrize("d,power,n_real,n_fake", [
+    (1280, 1.0, 300, 300), (1280, 1.0, 300, 1000), (1280, 0.5, 100, 500), (512, 1.1, 300, 150), (16, 0.5, 300, 300)])
+def test_the_floor_is_what_fresh_images_read_at_the_same_sizes(d, power, n_real, n_fake):
+    """Gaussians, whose fresh samples can be had; a bootstrap and plain halves are further off in every case."""
+    r, scale = np.random.RandomState(0), np.arange(1, d + 1) ** (-power / 2)
+
+    def draw(n):
+        return (r.standard_normal((n, d)) * scale).astype(np.float32)
+    truth = np.mean([fid.frechet_distance(draw(n_real), draw(n_fake)) for _ in range(4)])
+    real = draw(n_real)
+    floor, spread = fid.floor(real, n_fake)
+    assert floor == pytest.approx(truth, rel=0.16) and 0 < spread < 0.3 * floor
+    repeated = fid.frechet_distance(real[r.randint(0, n_real, n_real)], real[r.randint(0, n_real, n_fake)])
+    halves = fid.frechet_distance(real[::2], real[1::2])
+    assert abs(floor - truth) < min(abs(repeated - truth), abs(halves - truth))
+
+
+def test_parts_have_the_ratio_of_the_sets_and_no_row_in_common():
+    for n, least, sizes in ((100, 2, (50, 50)), (25, 2, (80, 20)), (9900, 2, (10, 90)), (1, 2, (90, 10)),
+                            (9900, 20, (20, 80))):
+        pairs = list(fid.parts(100, n, least))
+        assert len(pairs) == 5 and all((len(a), len(b)) == sizes for a, b in pairs)
+        assert all(sorted(np.concatenate(pair)) == list(range(100)) for pair in pairs)
+        assert len({bytes(a) for a, _ in pairs}) == 5
+    with pytest.raises(fid.FidError, match="at least 12"):
+        list(fid.parts(11, 5, 6))
+
+
+@pytest.mark.parametrize("n", [4, 5, 7, 8, 9])
+def test_a_floor_of_few_images(n):
+    mean, spread = fid.floor(np.random.RandomState(0).standard_normal((n, 20)).astype(np.float32), 100)
+    assert mean > 0 and spread > 0
+    assert fid.floor(np.ones((n, 3), np.float32), 9) == (0, 0)
+    with pytest.raises(fid.FidError, match="at least 4"):
+        fid.floor(np.ones((3, 3), np.float32), 9)
+
+
+def test_the_floor_of_coverage_falls_with_the_number_of_fakes(run, tmp_path):
+    """Half as many fakes as reals cannot lie in all their balls: neither fresh photos' coverage nor its floor is 1."""
+    write(tmp_path / "real", pictures(60, 0, 8)), write(tmp_path / "few", pictures(20, 1, 8))
+    write(tmp_path / "many", pictures(60, 2, 8))
+    argv = ("--prdc", "--floor", "--features", "random", "--json", "--device", "cpu")
+    few, many = (json.loads(run(tmp_path / "real", tmp_path / k, *argv)[1]) for k in ("few", "many"))
+    assert few["floor"]["n"] == 20 and few["floor"]["rcoverage"] < many["floor"]["rcoverage"] - 0.1
+    for got in (few, many):
+        assert got["rcoverage"] == pytest.approx(got["floor"]["rcoverage"], abs=0.15)
+
+
 def test_floor_alone_and_underscores(run, folders):
-    status, out, _ = run(folders / "real", "--floor", "--batch_size", "3")
-    assert status == 0 and out.startswith("floor FID: ")
+    status, out, err = run(folders / "real", "--floor", "--batch_size", "3")
+    assert status == 0 and out.startswith("floor FID: ") and out.splitlines()[1].startswith("floor spread FID: ")
+    assert "what 14 fresh photos would read against the 14 of REAL" in err
     status, out, _ = run(folders / "real", "--batch_size=3", folders / "G1")
     assert status == 0 and out.startswith("FID: ")
 

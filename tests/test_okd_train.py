@@ -880,6 +880,9 @@ def test_scores_during_training(photos, tmp_path, capsys):
     real, _, _ = okd_train.load_folder(photos, 32, True, False, print)
     features = [fid.features(x, features="random", device="cpu") for x in (real, fakes)]
     assert fid.random_distance(*features) == pytest.approx(lines[-1]["G2"], rel=1e-4)
+    floor = [lines[-1][k] for k in ("floor", "floor_spread")]       # of 60 fresh images, as 60 fakes are scored
+    assert floor == pytest.approx(fid.floor(features[0], 60, fid.random_distance), rel=1e-4)
+    assert f"floor {floor[0]:.2f} +- {floor[1]:.2f}" in text
     train(*argv, "--steps", "3", "--out", tmp_path / "b")
     assert [x["step"] for x in okd_train.score_lines(tmp_path / "b")] == [2, 3]
     stamp = (tmp_path / "b" / "real_features.npz").stat().st_mtime_ns
