@@ -1290,7 +1290,7 @@ def _run(argv, rank, world):
                         for key, value in scores.items() if key in LABELS))
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise FidError(f"{message}; see --help")
 
@@ -1312,7 +1312,7 @@ def _features(name):
 
 
 def _parser():
-    p = _Parser(prog="fid.py", description=__doc__, allow_abbrev=False,
+    p = Parser(prog="fid.py", description=__doc__, allow_abbrev=False,
                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("real", metavar="REAL", help="folder of images, or an .npz file with images (arr_0) or with mu and sigma")
@@ -1508,7 +1508,7 @@ def _read(args, sides, dims, resize, world, own=None):
 def _measure(side, label, model, args, resize, ranks):
     """One pass over a folder; the features are kept only where something needs them."""
     keep = args.kid or args.prdc or args.floor or args.copies or side.n <= 2 * model.dims
-    progress = None if ranks and ranks.get_rank() else _Progress(label, side.n)
+    progress = None if ranks and ranks.get_rank() else Progress(label, side.n)
     found = _extract(side.images, model, args.batch_size or 50, args.workers, resize, args.skip_bad, keep, progress,
                      ranks)
     for note in found.notes():
@@ -1522,7 +1522,7 @@ def _measure(side, label, model, args, resize, ranks):
         side.statistics = found.moments.result()
 
 
-class _Progress:
+class Progress:
     """A line on stderr: images done, images/s, time left; rewritten on a terminal, else every 20 s and at the end."""
 
     def __init__(self, label, total):
@@ -1724,7 +1724,7 @@ def _names(paths):
     return [f"{i + 1}:{p}" for i, p in enumerate(paths)]
 
 
-def _aligned(cells):
+def aligned(cells):
     """Lines of a table: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     return ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in cells]
@@ -1734,7 +1734,7 @@ def _table(rows, own=None):
     """Lines of a table of (name, n, scores): a column per score."""
     keys = [k for k in rows[0][2] if k in LABELS]
     lines = [[name, str(n or "")] + [_number(k, scores.get(k)) for k in keys] for name, n, scores in rows]
-    return _aligned([["", "n"] + [_heading(k, own) for k in keys]] + lines)
+    return aligned([["", "n"] + [_heading(k, own) for k in keys]] + lines)
 
 
 # ---------------------------------------------------------------------------------------------- tables of runs
@@ -1773,7 +1773,7 @@ def _run_tables(runs, rows, summaries, floor, own=None):
             cells.append([name, "-".join(map(str, ns[:1] + ns[1:][-1:])), *numbers_of_run])
         rest = ["-"] * (len(columns) - 1)
         cells += [[name, str(n), _number(key, scores[key]), *rest] for name, n, scores in floor if key in scores]
-        lines += [""] * bool(lines) + _aligned(cells)
+        lines += [""] * bool(lines) + aligned(cells)
     return lines
 
 
@@ -1794,7 +1794,7 @@ def main(argv=None):
             return 141
         if rank:                                # mostly rank 0 says the same, and the launcher ends us with it:
             time.sleep(5)                       # who is left after that has met an error of its own
-        print(f"fid.py: {f'rank {rank}: ' if rank else ''}{_one_line(e)}", file=sys.stderr, flush=True)
+        print(f"fid.py: {f'rank {rank}: ' if rank else ''}{one_line(e)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -1821,10 +1821,10 @@ def _environment(name, default):
 
 def _say(line):
     if _environment("RANK", 0) == 0:
-        print(_one_line(line), file=sys.stderr, flush=True)
+        print(one_line(line), file=sys.stderr, flush=True)
 
 
-def _one_line(text):
+def one_line(text):
     """Line breaks, terminal commands and what is no text in a file's name, spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 

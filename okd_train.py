@@ -1663,13 +1663,8 @@ class Scores:
         append_line(out / "fid.jsonl", line)
         keep_best(trainer, states, out)
         shown = [f"G{i}" for i in groups] + ["mean", "union", "floor"]
-<<<<<<< HEAD
-        progress.say(f"{self.name} at step {line['step']}: " + "  ".join(f"{k} {line[k]:.2f}" for k in shown))
-=======
         progress.say(f"{self.name} at step {line['step']}: " + "  ".join(f"{k} {line[k]:.2f}" for k in shown)
                      + f" +- {line['floor_spread']:.2f}")
-        return line
->>>>>>> a27aaaa (The floor stands at the scores' own n, with its spread: extrapolated from halves and quarters of REAL, in parts of the sets' ratio for shares)
 
     def line(self, step, features, out):
         """{group: features of its fakes} -> the line of fid.jsonl. A further score is another entry here."""
@@ -1709,17 +1704,12 @@ class Scores:
             with contextlib.suppress(Exception):                    # cut or foreign: computed anew
                 with np.load(path, allow_pickle=False) as f:
                     if str(f["of"]) == of:
-<<<<<<< HEAD
-                        return f["features"], float(f["floor"])
-        features = np.concatenate([self.features(x) for x in self.watched(self.images.split(CHUNK))])
-        floor = float(self.distance(*self.fid.halves(features)))
-=======
                         kept = dict(f)
         if kept.get("n") == self.n:
             return kept["features"], tuple(map(float, kept["floors"]))
-        features = kept["features"] if kept else self.features(self.images)
+        chunks = () if kept else self.watched(self.images.split(CHUNK))
+        features = kept["features"] if kept else np.concatenate([self.features(x) for x in chunks])
         floor = self.fid.floor(features, self.n, self.distance)
->>>>>>> a27aaaa (The floor stands at the scores' own n, with its spread: extrapolated from halves and quarters of REAL, in parts of the sets' ratio for shares)
         with replacing(path) as f:
             np.savez(f, features=features, n=self.n, floors=floor, of=of)
         return features, floor

@@ -1761,7 +1761,7 @@ def test_names_that_are_no_text_and_a_full_disk(root, folders, tmp_path):
 def test_progress_says_rate_and_time_left(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(fid.time, "monotonic", lambda: now[0])
-    progress = fid._Progress("real", 300)
+    progress = fid.Progress("real", 300)
     for now[0], done in ((110.0, 50), (125.0, 100), (130.0, 120), (160.0, 300)):
         progress(done)
     assert capsys.readouterr().err.splitlines() == [
