@@ -869,8 +869,8 @@ def load_folder(folder, size, conditional, skip_bad, say):
         images, labels = images[good], labels[good]
         empty = [name for k, name in enumerate(classes) if k not in labels]
         if empty:
-            raise UserError(f"--data {folder}: no image of {', '.join(empty)} can be read: mend them, or take the class "
-                            "folder away")
+            raise UserError(f"--data {folder}: no image of {', '.join(empty)} can be read: mend them, or take the "
+                            "class folder away")
     resized = sum(r is True for r in results)
     if resized:
         say(f"{resized} of {len(images)} images were cut to their centre square and resized to {size}x{size}.")
