@@ -141,21 +141,6 @@ class Group:
         if self.copied[0]:
             torch._foreach_copy_(*self.copied)
 
-    @torch.no_grad()
-    def settle(self, s):
-        """Give the average BatchNorm statistics of its own weights; those of the live generator do not fit them."""
-        kind = torch.nn.modules.batchnorm._BatchNorm
-        norms = [m for m in self.ema.modules() if isinstance(m, kind) and m.track_running_stats]
-        momenta = [m.momentum for m in norms]
-        for m in norms:
-            m.reset_running_stats()
-            m.train().momentum = None                               # the plain mean of all passes
-        with parametrize.cached():
-            for k in range(NORM_CHUNKS if norms else 0):
-                self.ema(*(a.to(norms[0].running_mean.device) for a in chunk_of_inputs(s, k, "norms")))
-        for m, momentum in zip(norms, momenta):
-            m.eval().momentum = momentum
-
     def gammas(self):
         """{role: [gamma of each attention layer]}: every one-element parameter that is called gamma."""
         found = {}
@@ -1238,6 +1223,22 @@ def chunk_of_inputs(s, k, purpose):
     return (z, (torch.arange(CHUNK) + k * CHUNK) % s.n_classes) if "n_classes" in s else (z,)
 
 
+@torch.no_grad()
+def settle_norms(G, s):
+    """Give an averaged generator BatchNorm statistics of its own; those of the live one do not fit its weights."""
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    norms = [m for m in G.modules() if isinstance(m, kind) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.train().momentum = None                                   # the plain mean of all passes
+    with parametrize.cached():
+        for k in range(NORM_CHUNKS if norms else 0):
+            G(*(a.to(norms[0].running_mean.device) for a in chunk_of_inputs(s, k, "norms")))
+    for m, momentum in zip(norms, momenta):
+        m.eval().momentum = momentum
+
+
 def generate(G, z, y=None, chunk=CHUNK):
     """Images of a generator in eval mode: z (n, z_dim), y (n,) or None -> uint8 (n, H, W, 3)."""
     device = next(G.parameters()).device
@@ -2095,7 +2096,7 @@ def loop(trainer, s, out, scores, owed=False):
                 progress.say(words)
             if due & {"sample", "fid", "save"}:
                 for g in trainer.groups:
-                    g.settle(s)
+                    settle_norms(g.ema, s)
             if "log" in due:
                 write_log(trainer, losses, out, seconds, (step - first) * per_step / seconds)
             if "sample" in due:

@@ -380,7 +380,7 @@ def test_the_average_has_batchnorm_statistics_of_its_own(model):
     g = t.groups[0]
     stale = g.ema.net[1].running_mean.clone()
     others = {k: v.clone() for k, v in g.ema.state_dict().items() if not k.endswith(("_mean", "_var", "_tracked"))}
-    g.settle(t.s)
+    okd_train.settle_norms(g.ema, t.s)
     inputs = [okd_train.chunk_of_inputs(t.s, k, "norms") for k in range(okd_train.NORM_CHUNKS)]
     with torch.no_grad():
         z = torch.cat([g.ema.embed(x[1]) * x[0] if len(x) > 1 else x[0] for x in inputs])
