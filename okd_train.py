@@ -47,7 +47,7 @@ import uuid
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -1727,7 +1727,7 @@ LIMITS = dict(
 NONE_BY_DEFAULT = dict(data=str, recipe=str, epochs=float, max_seconds=float, device=str, precision=str,
                        fid_every=int, fid_samples=int, fid_data=str)
 MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device",
-              "nproc", "cuda_graph", "precision"}                   # on --resume
+              "nproc", "cuda_graph", "precision", "data", "fid_data"}       # on --resume; open_run looks at the pixels
 NOT_KEPT = {"resume", "out", "model", "nproc"}                      # in args.json: they belong to one start
 
 
@@ -1745,7 +1745,7 @@ runs:
   the kernel frees even after kill -9). Ctrl-C, SIGTERM or SIGHUP finishes the step, saves and leaves; --resume goes
   on, on the CPU with exactly the numbers of an undisturbed run, also after kill -9 (from the last checkpoint; the
   log is cut back to it). Settings that are not named on --resume come from the run; naming another value is an error,
-  except for how long, how often, and on what device. Images and checkpoints are read as data and never executed; a
+  except for how long, how often, on what device, and where the same images lie now. Images and checkpoints are read as data and never executed; a
   model script is a program, and args.json and G1.pt name the one to load: use only runs that you trust.
 
 log.jsonl has a line of step, seconds, images_per_second (all groups) and, per group, d_loss, c_loss, g_loss and:
@@ -1910,16 +1910,15 @@ def fault(name, value):
 def take_settings(s, script, named):
     """Overlay s with the settings of the run in s.out, which those that were named must agree with."""
     saved = read_args(s.out)
-    if "model" in named and Path(saved["script"]).stem != script.name:
+    if "model" in named and script_name(saved) != script.name:
         raise UserError(f"{s.out} was trained with {saved['model']}, not with {script.name}")
     check_settings(saved, s, script)
-    clash = []
+    clash, scored = [], saved["settings"].get("fid_every")
     for name, old in saved["settings"].items():
         new = getattr(s, name)
-        same_folder = name == "data" and new and old and Path(new).resolve() == Path(old).resolve()
         if name not in named:
             setattr(s, name, old)
-        elif new != old and not same_folder and name not in MAY_CHANGE:
+        elif new != old and name not in MAY_CHANGE and (scored or not name.startswith("fid_")):
             clash.append(f"{flag(name)} is {old} there and {new} here")
     if "steps" in named and "epochs" not in named:
         s.epochs = None
@@ -1931,7 +1930,7 @@ def check_settings(saved, s, script):
     """Refuse settings of args.json that this program cannot have written: edited, or of another script version."""
     path = Path(s.out) / "args.json"
     for name in script.hparams.keys() | {"groups", "seed", "flip"}:
-        if name not in saved["settings"] and Path(saved["script"]).stem != script.name:
+        if name not in saved["settings"] and script_name(saved) != script.name:
             raise UserError(f"{s.out} was trained with {saved['model']}, not with {script.name}")
         if name not in saved["settings"]:
             raise UserError(f"{path}: settings lack {name!r}; put it back, or start another run with --out")
@@ -1966,9 +1965,20 @@ def read_args(out):
         raise UserError(f"{Path(out) / 'args.json'} cannot be read: {e}") from e
 
 
+def script_name(saved):
+    """sagan, of the path of a run's script on this machine or, with backslashes, on another."""
+    return PureWindowsPath(saved["script"]).stem
+
+
 def run_script(saved):
-    """The model script that a run was trained with; `model` may be a name in another folder."""
-    return Script(saved["script"] if Path(saved["script"]).is_file() else saved["model"])
+    """The model script that a run was trained with: where it was, or as it was named, or one of its name here."""
+    for model in (saved["script"], saved["model"], script_name(saved)):
+        try:
+            path = find_script(model)
+        except UserError:
+            continue
+        return Script(str(path))
+    return Script(saved["model"])
 
 
 def read_run(out, model=None):
@@ -1986,13 +1996,18 @@ def read_run(out, model=None):
     return s, script, saved
 
 
-def save_args(s, script, data, out, agents):
+def save_args(s, script, data, scores, out, agents):
     """args.json: every setting, and what they were used on."""
     settings = {name: value for name, value in vars(s).items() if name not in NOT_KEPT}
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     save_json({"model": s.model, "script": str(script.path), "classes": data.classes, "images": len(data.images),
-               "data_digest": data.digest, "script_digest": digest(script.path, 16), "versions": versions,
+               "data_digest": data.digest, "fid_digest": scores and scores.of, **conditions(script),
                "git": git_revision(), "agents": agents, "settings": settings}, out / "args.json")
+
+
+def conditions(script):
+    """What the last bits of a run depend on beside its settings and its data."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    return {"script_digest": digest(script.path, 16), "threads": torch.get_num_threads(), "versions": versions}
 
 
 def git_revision():
@@ -2033,7 +2048,7 @@ def train(s, script, named, changed, lock):
         if ranks.rank == 0:
             if not s.resume or out.exists():                        # there is nothing to go on with
                 lock.take(say)
-            saved = open_run(s, script, data, out, agents)
+            saved = open_run(s, script, data, scores, out, agents)
             for left in (*out.glob(".*.tmp[0-9]*"), *out.glob("samples/.*.tmp[0-9]*")):
                 left.unlink()                                       # of saves that were killed
     restore(trainer, saved, out)
@@ -2047,7 +2062,7 @@ def train(s, script, named, changed, lock):
         return ranks.close()
     with ranks.together():
         if ranks.rank == 0:
-            begin_run(s, script, trainer, out, agents)
+            begin_run(s, script, trainer, scores, out, agents)
     say(announcement(trainer, named, changed, precision) + say_channels)
     loop(trainer, s, out, scores, owed)
     ranks.close()
@@ -2178,7 +2193,7 @@ def holds_run(out):
     return any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl"))
 
 
-def open_run(s, script, data, out, agents):
+def open_run(s, script, data, scores, out, agents):
     """Read the checkpoint of the run that is to go on; None for a new one. Rank 0 only. No run is overwritten."""
     checkpoint, known = out / "checkpoint.pt", set(filter(None, agents))
     earlier = read_args(out)["agents"] if (out / "args.json").exists() else []
@@ -2189,10 +2204,13 @@ def open_run(s, script, data, out, agents):
         if not s.resume:
             take_settings(s, script, named=vars(s).keys())
         saved = read_args(out)
+        source = s.data or "the synthetic set"
         if saved["data_digest"] != data.digest:
-            raise UserError(f"--resume: the {len(data.images)} images of {s.data or 'the synthetic set'} are not those "
-                            f"that {out} was trained on ({saved['images']} images); restore them, or start another run "
-                            "with --out")
+            raise UserError(f"--resume: the {len(data.images)} images of {source} are not those that {out} was trained "
+                            f"on ({saved['images']} images); restore them, or start another run with --out")
+        if scores and saved.get("fid_digest") not in (None, scores.of) and score_lines(out, s.groups):
+            raise UserError(f"--fid-data: the images of {s.fid_data or source} are not those that the scores in "
+                            f"{out / 'fid.jsonl'} compare with; restore them, or move that file away")
         return read_checkpoint(checkpoint, s.groups)
     if not restarted and holds_run(out):
         hint = "go on with --resume" if checkpoint.exists() else "it has no checkpoint yet: delete it"
@@ -2223,6 +2241,10 @@ def mend_run(trainer, state, out, say):
     """
     s, step, averages = trainer.s, state["step"], {i: group["ema"] for i, group in enumerate(state["groups"], 1)}
     saved, goes_on = read_args(out), step < s.steps
+    other = [what for what, value in conditions(trainer.script).items() if saved.get(what, value) != value]
+    if goes_on and other:
+        say(f"Note: other {' and '.join(other)} than in args.json: the run goes on, but its numbers are no longer bit "
+            "for bit those of a run without a break.".replace("script_digest", "model script"))
     cut_log(out / "log.jsonl", step, goes_on and saved["log_every"])
     cut_log(out / "fid.jsonl", step, goes_on and (saved.get("fid_every") or 1))
     for i, average in averages.items():
@@ -2232,14 +2254,14 @@ def mend_run(trainer, state, out, say):
     return "fid" in what_is_due(s, step) and all(line["step"] != step for line in score_lines(out, s.groups))
 
 
-def begin_run(s, script, trainer, out, agents):
+def begin_run(s, script, trainer, scores, out, agents):
     """Write what stands at the beginning of a run, or of its continuation. Rank 0 only."""
     with writing(out):
         (out / "samples").mkdir(parents=True, exist_ok=True)
         if not trainer.step_count:
             (out / "log.jsonl").write_bytes(b"")
             (out / "fid.jsonl").unlink(missing_ok=True)             # of a run whose other files were deleted
-    save_args(s, script, trainer.data, out, agents)
+    save_args(s, script, trainer.data, scores, out, agents)
     real_grid(trainer, out / "samples" / "real.png")
 
 

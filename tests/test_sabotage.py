@@ -16,6 +16,7 @@ import torch.distributed as dist
 import okd_train
 import sample
 from conftest import noise
+from test_bad_input import snapshot
 from test_okd_train import TINY, assert_same, checkpoint, logs, refused, start, train
 from test_ranks import LONG, wait_for_steps
 
@@ -353,3 +354,73 @@ def test_at_most_twenty_unreadable_files_are_named_on_the_line(n, named, photos,
         for path in found:
             assert f"all are in {path}" in text and len(path.read_text().splitlines()) == n
             path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------- another place
+def edit_args(out, change):
+    args = json.loads((out / "args.json").read_text())
+    change(args)
+    (out / "args.json").write_text(json.dumps(args))
+
+
+def test_data_that_moved_is_known_by_its_pixels(photos, calm, tmp_path, capsys, monkeypatch):
+    """--data and --fid-data; other pixels are refused, and nothing is touched."""
+    out = tmp_path / "run"
+    for name in ("old", "held"):
+        shutil.copytree(photos, tmp_path / name)
+    (tmp_path / "held/Crack/0.png").unlink()
+    monkeypatch.chdir(tmp_path)
+    argv = [*calm[1][2:], "--out", out]
+    train("--data", "old", "--fid-data", "held", *argv, "--steps", "3")
+    (tmp_path / "old").rename(tmp_path / "new")
+    (tmp_path / "held").rename(tmp_path / "kept")
+    monkeypatch.chdir("/")
+    before = snapshot(out)
+    moved = ["--data", tmp_path / "new", "--fid-data", tmp_path / "kept"]
+    assert "are not those that" in refused(capsys, *argv, *moved, "--data", tmp_path / "kept", "--resume")
+    text = refused(capsys, *argv, *moved, "--fid-data", photos, "--resume")
+    assert f"--fid-data: the images of {photos} are not those" in text and snapshot(out) == before
+    train(*argv, *moved, "--resume", "--steps", "4")
+    assert scored_at(out) == [2, 4]
+    train("--out", out, "--resume", "--steps", "5")                 # the new places are kept
+    assert scored_at(out) == [2, 4, 5]
+
+
+def test_scores_may_be_switched_on_later_but_not_changed(photos, calm, tmp_path, capsys):
+    out, argv = tmp_path / "run", calm[1]
+    at = argv.index("--fid-every")
+    plain = [*argv[:at], *argv[at + 2:argv.index("--fid-features")]]
+    train(*plain, "--steps", "2", "--out", out)
+    train(*argv, "--out", out, "--resume")
+    assert okd_train.score_lines(out, 2) == okd_train.score_lines(calm[0], 2)
+    train(*plain, "--steps", "2", "--out", tmp_path / "done")
+    train("--out", tmp_path / "done", "--resume", "--fid-every", "5", *SCORED)      # also when all is trained
+    assert scored_at(tmp_path / "done") == [2]
+    text = refused(capsys, *argv, "--fid-samples", "9", "--out", out, "--resume", "--steps", "9")
+    assert "--fid-samples is 8 there and 9 here" in text
+
+
+def test_what_bits_depend_on_is_said(calm, tmp_path, capsys):
+    out = tmp_path / "run"
+    for change, words in ((lambda a: a.update(script_digest="x"), "other model script than in"),
+                          (lambda a: a.update(threads=7, versions={}), "other threads and versions than in"),
+                          (lambda a: a.pop("threads"), "")):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(calm[0], out)
+        edit_args(out, change)
+        for steps in ("8", "9"):
+            train("--out", out, "--resume", "--steps", steps)
+            text = capsys.readouterr().out
+            said = bool(words) and steps == "8"
+            assert ("no longer bit for bit" in text) == said and (not said or words in text)
+
+
+def test_a_run_from_windows_goes_on(calm, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(calm[0], out)
+    edit_args(out, lambda a: a.update(script=r"C:\gan\sagan.py", model=r"gan\sagan.py"))
+    edit_args(out, lambda a: a["settings"].update(data=r"C:\photos"))
+    assert r"--data C:\photos: no such folder" in refused(capsys, "--out", out, "--resume", "--steps", "8")
+    train(*calm[1], "--model", "sagan", "--out", out, "--resume", "--steps", "8")
+    edit_args(out, lambda a: a.update(script=r"C:\gan\gone.py", model=r"gan\gone.py"))
+    assert r"no model script 'gan\\gone.py'" in refused(capsys, "--out", out, "--resume", "--steps", "9")
