@@ -1423,8 +1423,8 @@ def keep_best(trainer, states, out, say=None):
         held = step_of(path)
         if held == step:
             continue
-        elif step is None:
-            if held == trainer.step_count:
+        if step is None:
+            if held == trainer.step_count:                          # of an end whose score is forgotten
                 path.unlink()
         elif step == trainer.step_count:
             if step % every and path.exists():
@@ -1652,7 +1652,7 @@ class Scores:
         parts = ranks.collect(mine)
         states = ranks.collect({g.i: on_cpu(g.ema.state_dict()) for g in trainer.groups})
         if parts:
-            with contextlib.suppress(Stopped):
+            with contextlib.suppress(InterruptedError):
                 self.note(trainer, parts, states, out, progress)
         return ranks.agree(stop.signal)[0]
 
@@ -1688,13 +1688,6 @@ class Scores:
         except self.fid.FidError as e:                              # of a user's own network
             raise UserError(f"--fid-every: {e}") from e
 
-    def watched(self, items):
-        """The items one by one; Stopped once there is a signal."""
-        for item in items:
-            if self.stop and self.stop.signal:
-                raise Stopped
-            yield item
-
     def real(self, out):
         """Features of the real images, and (floor, its spread) for n fakes; from the run folder, if they are kept."""
         path, kept = out / "real_features.npz", {}
@@ -1708,8 +1701,12 @@ class Scores:
                         kept = dict(f)
         if kept.get("n") == self.n:
             return kept["features"], tuple(map(float, kept["floors"]))
-        chunks = () if kept else self.watched(self.images.split(CHUNK))
-        features = kept["features"] if kept else np.concatenate([self.features(x) for x in chunks])
+        parts = [kept["features"]] if kept else []
+        for images in () if kept else self.images.split(CHUNK):
+            if self.stop and self.stop.signal:
+                raise InterruptedError
+            parts.append(self.features(images))
+        features = np.concatenate(parts)
         floor = self.fid.floor(features, self.n, self.distance)
         with replacing(path) as f:
             np.savez(f, features=features, n=self.n, floors=floor, of=of)
@@ -1745,8 +1742,9 @@ runs:
   the kernel frees even after kill -9). Ctrl-C, SIGTERM or SIGHUP finishes the step, saves and leaves; --resume goes
   on, on the CPU with exactly the numbers of an undisturbed run, also after kill -9 (from the last checkpoint; the
   log is cut back to it). Settings that are not named on --resume come from the run; naming another value is an error,
-  except for how long, how often, on what device, and where the same images lie now. Images and checkpoints are read as data and never executed; a
-  model script is a program, and args.json and G1.pt name the one to load: use only runs that you trust.
+  except for how long, how often, on what device, and where the same images lie. Images and checkpoints are read as
+  data and never executed; a model script is a program, and args.json and G1.pt name the one to load: use only runs
+  that you trust.
 
 log.jsonl has a line of step, seconds, images_per_second (all groups) and, per group, d_loss, c_loss, g_loss and:
   d_w               E D(real) - E D(fake): rises fast, then falls slowly; neither stuck near 0 nor growing for ever
@@ -1910,7 +1908,7 @@ def fault(name, value):
 def take_settings(s, script, named):
     """Overlay s with the settings of the run in s.out, which those that were named must agree with."""
     saved = read_args(s.out)
-    if "model" in named and script_name(saved) != script.name:
+    if "model" in named and PureWindowsPath(saved["script"]).stem != script.name:
         raise UserError(f"{s.out} was trained with {saved['model']}, not with {script.name}")
     check_settings(saved, s, script)
     clash, scored = [], saved["settings"].get("fid_every")
@@ -1930,7 +1928,7 @@ def check_settings(saved, s, script):
     """Refuse settings of args.json that this program cannot have written: edited, or of another script version."""
     path = Path(s.out) / "args.json"
     for name in script.hparams.keys() | {"groups", "seed", "flip"}:
-        if name not in saved["settings"] and script_name(saved) != script.name:
+        if name not in saved["settings"] and PureWindowsPath(saved["script"]).stem != script.name:
             raise UserError(f"{s.out} was trained with {saved['model']}, not with {script.name}")
         if name not in saved["settings"]:
             raise UserError(f"{path}: settings lack {name!r}; put it back, or start another run with --out")
@@ -1965,20 +1963,10 @@ def read_args(out):
         raise UserError(f"{Path(out) / 'args.json'} cannot be read: {e}") from e
 
 
-def script_name(saved):
-    """sagan, of the path of a run's script on this machine or, with backslashes, on another."""
-    return PureWindowsPath(saved["script"]).stem
-
-
 def run_script(saved):
-    """The model script that a run was trained with: where it was, or as it was named, or one of its name here."""
-    for model in (saved["script"], saved["model"], script_name(saved)):
-        try:
-            path = find_script(model)
-        except UserError:
-            continue
-        return Script(str(path))
-    return Script(saved["model"])
+    """The model script that a run was trained with; `model` may be a name in another folder, or a path on Windows."""
+    model = PureWindowsPath(saved["model"]).stem if "\\" in saved["model"] else saved["model"]
+    return Script(saved["script"] if Path(saved["script"]).is_file() else model)
 
 
 def read_run(out, model=None):
@@ -2052,11 +2040,9 @@ def train(s, script, named, changed, lock):
             for left in (*out.glob(".*.tmp[0-9]*"), *out.glob("samples/.*.tmp[0-9]*")):
                 left.unlink()                                       # of saves that were killed
     restore(trainer, saved, out)
-    owed = None
     with ranks.together():
-        if saved:                                                   # on rank 0
-            owed = mend_run(trainer, saved, out, say) or None
-    saved, owed = None, ranks.first(owed)
+        owed = saved and mend_run(trainer, saved, out, say)         # on rank 0, others have none
+    saved, owed = None, ranks.first(owed or None)
     if trainer.step_count >= s.steps and not owed:
         say(f"Nothing to do: {out} is at step {trainer.step_count} of {s.steps}; raise --steps to train on.")
         return ranks.close()
@@ -2088,11 +2074,10 @@ def loop(trainer, s, out, scores, owed=False):
     """Steps, with logs, pictures, scores, checkpoints, and a way out that saves. owed: score before the first step."""
     ranks, begin, first = trainer.ranks, time.monotonic(), trainer.step_count
     progress = Progress(s.steps, quiet=ranks.rank > 0)
-    pace, leaving, signalled, per_step = Pace(), False, 0, s.batch_size * s.groups
+    pace, per_step = Pace(), s.batch_size * s.groups
     with Stop() as stop:
-        if owed:
-            signalled = scores(trainer, out, progress, stop)
-            leaving = bool(signalled)
+        signalled = owed and scores(trainer, out, progress, stop)
+        leaving = bool(signalled)
         while trainer.step_count < s.steps and not leaving:
             with calling(trainer.script, f"step {trainer.step_count + 1}"):
                 losses = trainer.step()
@@ -2235,10 +2220,7 @@ def restore(trainer, saved, out):
 
 
 def mend_run(trainer, state, out, say):
-    """Bring the files of a run to the step of its checkpoint `state`, whatever was being written when it ended.
-
-    Returns whether that step is still to be scored. Rank 0 only.
-    """
+    """Bring all files to the step of the checkpoint `state` -> whether that is still to be scored. Rank 0 only."""
     s, step, averages = trainer.s, state["step"], {i: group["ema"] for i, group in enumerate(state["groups"], 1)}
     saved, goes_on = read_args(out), step < s.steps
     other = [what for what, value in conditions(trainer.script).items() if saved.get(what, value) != value]
@@ -2363,10 +2345,6 @@ class Progress:
         self.open = False
 
 
-class Stopped(Exception):
-    """A signal came while a rank worked alone."""
-
-
 class Stop:
     """SIGTERM, Ctrl-C and a terminal that closes finish the step. A second one ends a lone process at once; a launcher
     repeats its signals, so there it does not. A launcher that is gone counts as SIGTERM."""
@@ -2394,10 +2372,9 @@ class Stop:
 
 
 def ending_signals():
-    """SIGTERM, SIGINT, and SIGHUP where there is such a thing and nohup does not ignore it."""
-    hangup = getattr(signal, "SIGHUP", None)
-    heard = hangup and signal.getsignal(hangup) != signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *([hangup] if heard else [])]
+    """SIGTERM, SIGINT, and SIGHUP, which Windows does not have, unless nohup has it ignored."""
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+    return {signal.SIGTERM, signal.SIGINT, *({hangup} if signal.getsignal(hangup) != signal.SIG_IGN else ())}
 
 
 # ---------------------------------------------------------------------------------------------- the machine
@@ -2503,15 +2480,12 @@ def launch(n, file, argv, device, hint):
 
 
 def agent():
-    """A name for the torchrun that started this process, the same over its restarts and no other's; "" without one.
-
-    It is kept in torchrun's own store: run ids and process numbers return, in a container always.
-    """
+    """A name for the torchrun that started this process, kept in its store over its restarts; "" without one."""
     if OUTER in os.environ:
         return os.environ[OUTER]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
-    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))  # run ids and process numbers return in containers
     return store.compare_set("okd/agent", "", uuid.uuid4().hex).decode()
 
 

@@ -423,4 +423,4 @@ def test_a_run_from_windows_goes_on(calm, tmp_path, capsys):
     assert r"--data C:\photos: no such folder" in refused(capsys, "--out", out, "--resume", "--steps", "8")
     train(*calm[1], "--model", "sagan", "--out", out, "--resume", "--steps", "8")
     edit_args(out, lambda a: a.update(script=r"C:\gan\gone.py", model=r"gan\gone.py"))
-    assert r"no model script 'gan\\gone.py'" in refused(capsys, "--out", out, "--resume", "--steps", "9")
+    assert "no model script 'gone'" in refused(capsys, "--out", out, "--resume", "--steps", "9")
