@@ -1544,6 +1544,17 @@ def score_lines(out, groups=1):
     return read_lines(out / "fid.jsonl", [f"G{i}" for i in range(1, groups + 1)])
 
 
+def label_words(line, groups):
+    """What a line of fid.jsonl says of the labels of these groups, as a sentence; "" where it says nothing."""
+    try:
+        found = line["labels"]
+        each = "  ".join(f"G{i} {found[f'G{i}']:.2f}" for i in groups)
+        return (f"Labels that hold at step {line['step']}, by the features of {line['score']}: {each} "
+                f"(reals held out {found['reals']:.2f}, chance {found['chance']:.2f})")
+    except (KeyError, TypeError, ValueError):
+        return ""
+
+
 def cut_log(path, step, every):
     """Drop what an interrupted run wrote after its checkpoint at `step`, half lines, and a line at `step` that only its
     end had (no multiple of `every`, or of what the line says itself; every 0: it stays)."""
@@ -1622,10 +1633,13 @@ class Scores:
     def __init__(self, s, data, device):
         self.fid, self.s, self.data, self.stop = beside("fid", "scoring"), s, data, None
         self.n = s.fid_samples or (10000 if device.type == "cuda" else 2000)
-        self.images, self.of = data.images, data.digest
+        self.images, self.labels, self.of = data.images, data.labels, data.digest
+        known = bool(data.classes)
         if s.fid_data:
-            self.images, _, _ = load_folder(s.fid_data, s.image_size, False, s.skip_bad, lambda text: None)
+            known = known and {c for _, c in class_files(s.fid_data, False)[0]} == set(data.classes)
+            self.images, self.labels, _ = load_folder(s.fid_data, s.image_size, known, s.skip_bad, lambda text: None)
             self.of = digest(self.images.numpy(), 16)
+        self.judge, self.judges = None, self.find_judges(known)
         try:
             self.model = self.fid.network(s.fid_features, device=device)
         except self.fid.FidError as e:
@@ -1666,6 +1680,8 @@ class Scores:
         shown = [f"G{i}" for i in groups] + ["mean", "union", "floor"]
         progress.say(f"{self.name} at step {line['step']}: " + "  ".join(f"{k} {line[k]:.2f}" for k in shown)
                      + f" +- {line['floor_spread']:.2f}")
+        if words := label_words(line, groups):
+            progress.say(words)
 
     def line(self, step, features, out):
         """{group: features of its fakes} -> the line of fid.jsonl. A further score is another entry here."""
@@ -1673,7 +1689,26 @@ class Scores:
         scores = {f"G{i}": float(self.distance(real, f)) for i, f in features.items()}
         union = float(self.distance(real, np.concatenate(list(features.values()))))
         return {"step": step, "score": self.name, "samples": self.n, "reals": len(real), **scores,
-                "mean": sum(scores.values()) / len(scores), "union": union, "floor": floor, "floor_spread": spread}
+                "mean": sum(scores.values()) / len(scores), "union": union, "floor": floor, "floor_spread": spread,
+                **self.labels_hold(real, features)}
+
+    def find_judges(self, known):
+        """The module labels, if it can be asked: it is there, the real images' classes are `known` and large enough."""
+        with contextlib.suppress(UserError):
+            labels, classes = beside("labels"), len(self.data.classes)
+            enough = self.n >= classes and np.bincount(self.labels.cpu(), minlength=classes).min() >= labels.LEAST
+            if known and enough:
+                return labels
+        return None
+
+    def labels_hold(self, real, features):
+        """{"labels": {"G1": share of its labels that hold, ..., "reals": of reals held out, "chance"}}, or {}."""
+        if self.judges is None:
+            return {}
+        self.judge = self.judge or self.judges.classifier(real, self.labels.cpu().numpy())
+        y = np.arange(self.n) % self.s.n_classes                    # as of chunk_of_inputs
+        shares = {f"G{i}": float(self.judge.shares(f, y).mean()) for i, f in features.items()}
+        return {"labels": {**shares, "reals": float(self.judge.held_out.mean()), "chance": 1 / self.s.n_classes}}
 
     def chunks(self):
         return math.ceil(self.n / CHUNK)
@@ -1796,7 +1831,9 @@ def trainer_flags(p):
         help="score every group every K steps and at the end, saved before, into fid.jsonl (default never)")
     add("--fid-samples", type=int, metavar="N",
         help="fakes per group and score (default 2000 on the CPU, 10000 on CUDA)")
-    add("--fid-data", metavar="DIR", help="held-out images to score against (default: the training images)")
+    add("--fid-data", metavar="DIR",
+        help="held-out images to score against, labels too if its class folders are those of --data (default: the "
+             "training images)")
     add("--fid-features", type=features_name, default="inception", metavar="inception|random|FILE.py",
         help="random: rFD, a smoke test that needs no weights; FILE.py: see fid.py --help (default inception)")
 

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 import bench
 import fid
+import labels
 import okd_train
 import report
 import sagan
@@ -883,6 +884,12 @@ def test_scores_during_training(photos, tmp_path, capsys):
     floor = [lines[-1][k] for k in ("floor", "floor_spread")]       # of 60 fresh images, as 60 fakes are scored
     assert floor == pytest.approx(fid.floor(features[0], 60, fid.random_distance), rel=1e-4)
     assert f"floor {floor[0]:.2f} +- {floor[1]:.2f}" in text
+    judge = labels.classifier(features[0], np.arange(24) // 12)     # and so can the share of labels that hold
+    share = [np.mean(judge(features[1])[c::2] == c) for c in (0, 1)]
+    found = lines[-1]["labels"]
+    assert found["G2"] == pytest.approx(np.mean(share), abs=0.02) and 0 <= found["G1"] <= 1
+    assert found["reals"] == judge.held_out.mean() > 0.9 and found["chance"] == 0.5
+    assert f"Labels that hold at step 5, by the features of rFD: G1 {found['G1']:.2f}  G2 {found['G2']:.2f} " in text
     train(*argv, "--steps", "3", "--out", tmp_path / "b")
     assert [x["step"] for x in okd_train.score_lines(tmp_path / "b")] == [2, 3]
     stamp = (tmp_path / "b" / "real_features.npz").stat().st_mtime_ns
@@ -925,6 +932,34 @@ def test_scores_in_features_of_ones_own(photos, tmp_path, capsys):
         said = refused(capsys, "--groups", "1", *TINY, "--data", photos, "--fid-every", "1", "--fid-features",
                        tmp_path / f"bad{len(text)}.py", "--out", tmp_path / "none")
         assert words in said and "random" not in said and not (tmp_path / "none").exists()
+
+
+def test_labels_are_judged_where_that_can_be(photos, tmp_path, monkeypatch):
+    """By held-out images whose classes are those of the training; not without labels.py, nor by too few images."""
+    setting = okd_train.parse(["--model", "acgan", "--groups", "1", *TINY, "--data", str(photos), "--fid-every", "1",
+                               "--fid-features", "random", "--fid-samples", "8"])[0]
+    images, y, classes = okd_train.load_folder(photos, 32, True, False, print)
+
+    def judged(fid_data=None, n=24, names=classes):
+        setting.fid_data, setting.n_classes = fid_data and str(fid_data), 2
+        data = okd_train.Data(images[:n], y[:n], names, setting, torch.device("cpu"))
+        scores = okd_train.Scores(setting, data, torch.device("cpu"))
+        return scores.labels_hold(np.eye(24)[:, :20], {1: np.eye(8, 20), 2: np.eye(8, 20)})
+    found = judged()["labels"]
+    assert found.keys() == {"G1", "G2", "reals", "chance"} and found["G1"] == found["G2"]
+    assert judged(names=[]) == {} and judged(n=16) == {}            # four of the second class
+    assert judged(photos).keys() == {"labels"} and judged(photos / "Crack") == {}
+    for name in classes:
+        (tmp_path / name).symlink_to(photos / name)
+    (tmp_path / "more.png").symlink_to(photos / "Crack" / "00.png")
+    assert judged(tmp_path) == {}
+    (tmp_path / "more.png").unlink()
+    assert judged(tmp_path).keys() == {"labels"}
+    there = okd_train.beside
+    def beside(name, what="this"):
+        return there("labels_gone" if name == "labels" else name, what)
+    monkeypatch.setattr(okd_train, "beside", beside)
+    assert judged() == {}
 
 
 def test_missing_weights_are_found_before_training(photos, tmp_path, capsys, monkeypatch):
