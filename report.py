@@ -20,6 +20,7 @@ import contextlib
 import functools
 import html
 import io
+import itertools
 import math
 import os
 import sys
@@ -172,13 +173,14 @@ def scores(run):
     lines = okd_train.score_lines(run.out)
     if not lines:
         return ""
-    last, rows = lines[-1], []
+    last, rows, judged = lines[-1], [], [line for line in lines if okd_train.label_words(line, [1])]
     for key in (*(f"G{i}" for i in range(1, run.s.groups + 1)), "mean", "union", "floor"):
         values = column(lines, lambda line: line[key])
         if np.isfinite(values).any():
             n = np.nanargmin(values)
             best = ("", "") if key == "floor" else (float(values[n]), lines[n]["step"])
-            rows.append((key, float(values[-1]), *best))
+            share = column(judged[-1:], lambda line: line["labels"]["reals" if key == "floor" else key])
+            rows.append((key, float(values[-1]), *best, *(float(v) if np.isfinite(v) else "" for v in share)))
     name = last.get("score", "score")
     random = "networks with random weights (rFD: a smoke test; compare it with rFD alone)"
     features = {"rFD": random, "FID": "the Inception network"}.get(name, f"a network of your own: {name}")
@@ -187,7 +189,12 @@ def scores(run):
     about = (f"The distance between {counts}, in the features of {features}; lower is better. "
              "union: all groups together. floor: what as many fresh photos would read, estimated from parts of the "
              f"real images{spread}; a perfect generator reads near it, below as often as above.")
-    head = ("", f"last (step {last['step']})", "best", "at step")
+    head = ["", f"last (step {last['step']})", "best", "at step"]
+    if judged:
+        head.append(f"labels that hold (step {judged[-1]['step']})")
+        about += (" labels that hold: the share of images whose class is named by a classifier that learnt from the "
+                  "real ones, in these features; in the line of the floor, of real images that were held out. "
+                  f"Chance is {judged[-1]['labels']['chance']:.2f}.")
     return paragraph(about) + table(f"{name} at {len(lines)} steps", head, rows)
 
 
@@ -309,11 +316,22 @@ def curves(out, name):
     if scored:
         styles = {"floor": ("#888888", 7), "union": ("#000000", 3), **{f"G{i}": (hue(i), dash(i)) for i in groups}}
         rows = [(column(scored, lambda line: line[k]), *style) for k, style in styles.items()]
-        free = next((row, k) for row in range(len(quantities) + 1) for k in range(len(roles)) if (row, k) not in cells)
         about = "lower is better; dotted: union, dashed: floor"
-        cells[free] = panel(str(scored[-1].get("score", "score")), about, scored_at, rows, end)
+        cells[free_cell(cells, roles)] = panel(str(scored[-1].get("score", "score")), about, scored_at, rows, end)
+    judged = [line for line in scored if okd_train.label_words(line, groups)]
+    if judged:
+        styles = {"reals": ("#888888", 7), "chance": ("#000000", 3), **{f"G{i}": (hue(i), dash(i)) for i in groups}}
+        rows = [(column(judged, lambda line: line["labels"][k]), *style) for k, style in styles.items()]
+        at = column(judged, lambda line: line["step"])
+        about = "dashed: reals held out; dotted: chance"
+        cells[free_cell(cells, roles)] = panel("labels that hold", about, at, rows, end, limits=(-0.02, 1.02))
     bold = f" Bold: mean over {mean_of} of the {len(lines)} points that are faint." if mean_of > 1 else ""
     return contact_sheet(f"{name}, step {steps[-1]:.0f}. Horizontal: steps.{bold}", cells, n_groups)
+
+
+def free_cell(cells, roles):
+    """The first (row, column) without a panel, as many columns as roles."""
+    return next(place for place in (divmod(k, len(roles)) for k in itertools.count()) if place not in cells)
 
 
 def logged(lines):

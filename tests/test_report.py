@@ -214,6 +214,40 @@ def test_accuracy_has_the_whole_range(tmp_path):
     assert near(image.getpixel((plot.LEFT + 240, round(54 + plot.TOP + (1.02 - 0.75) / 1.04 * h))), report.COLOURS[0])
 
 
+def judged(step, *shares):
+    """A line of fid.jsonl with the share of labels that hold of each group."""
+    groups = [f"G{i}" for i in range(1, 1 + len(shares))]
+    return {"step": step, "score": "rFD", **dict.fromkeys((*groups, "mean", "union", "floor"), 2.0),
+            "labels": {**dict(zip(groups, shares)), "reals": 0.9, "chance": 0.5}}
+
+
+def test_labels_that_hold_have_a_panel(tmp_path):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": k, "groups": [{"d_loss": 1}]}) + "\n"
+                                                for k in (1, 2, 3)))
+    lines = [judged(k, 0.3) for k in (1, 2, 3)]
+    (tmp_path / "fid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot, image = report.Plot, report.curves(tmp_path, "labels")
+    assert image.size == (640, 54 + 3 * 220)                        # below the loss and the score
+    h = 220 - plot.TOP - plot.BOTTOM
+    row = lambda v: round(54 + 2 * 220 + plot.TOP + (1.02 - v) / 1.04 * h)
+    assert near(image.getpixel((plot.LEFT + 240, row(0.3))), report.COLOURS[0])
+    for v in (0.9, 0.5):                                            # the reals and chance, broken lines
+        line = [image.getpixel((plot.LEFT + k, row(v))) for k in range(150, 300)]
+        assert min(map(sum, line)) < 500 and max(map(sum, line)) > 700
+
+
+def test_labels_that_hold_stand_in_the_table(copied):
+    words = report.scores(report.Run(copied, "cpu"))
+    assert "labels" not in words                                    # of a run without classes
+    lines = [judged(2, 0.25, 0.75), judged(4, 0.31, 0.62), {**judged(6, 1, 1), "labels": "strange"}]
+    (copied / "fid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = report.scores(report.Run(copied, "cpu"))
+    assert "labels that hold (step 4)" in words and "Chance is 0.50." in words and "strange" not in words
+    rows = re.findall('<tr><th scope="row">(.*?)</th>(.*?)</tr>', words)
+    last = {name: re.findall("<td.*?>(.*?)</td>", cells)[-1] for name, cells in rows}
+    assert last == {"G1": "0.31", "G2": "0.62", "mean": "", "union": "", "floor": "0.9"}
+
+
 def test_colours_tell_groups_apart(tmp_path):
     lines = [json.dumps({"step": k, "groups": [{"g_loss": i} for i in range(9)]}) + "\n" for k in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("".join(lines))
