@@ -33,6 +33,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -98,7 +99,26 @@ def export(args, s, script, saved):
     best = "".join(f" of {g}, step {of['step']}," for g, of in e.plan["groups"].items() if args.group == "best")
     rate = f", {to_draw / seconds:.0f} images/s" if to_draw else ""
     e.progress.say(f"{e.total} images{best} in {e.target}/ ({okd_train.span(seconds)}{rate}).")
+    if e.classes:
+        e.progress.say(label_note(s, e.plan["groups"], e.target))
     ranks.close()
+
+
+def label_note(s, groups, target):
+    """How far the labels of these generators hold, by the run's scores up to their steps, or how that can be measured.
+
+    groups: {"G1": what export.json says of it}.
+    """
+    lines, told = okd_train.score_lines(Path(s.out), s.groups)[::-1], {}
+    for name, of in groups.items():
+        i = name.removeprefix("G")
+        line = next((x for x in lines if x["step"] <= of["step"] and okd_train.label_words(x, [i])), None)
+        told.setdefault(line and line["step"], (line, []))[1].append(i)
+    if None not in told:
+        return "\n".join(okd_train.label_words(line, of) for line, of in told.values())
+    real = shlex.quote(s.data) if s.data else "REAL"
+    return ("Whether the labels hold was never measured in this run. Of an export as PNGs it is by: "
+            f"python labels.py {real} {shlex.quote(str(target / min(groups)))}")
 
 
 class Job(NamedTuple):

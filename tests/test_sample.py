@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -406,6 +407,25 @@ def test_best_is_the_lowest_finite_score(runs, tmp_path, capsys):
     assert json.loads((tmp_path / "to" / "export.json").read_text())["groups"]["G2"]["file"] == "G2.best.pt"
     (run / "G3.pt").unlink()
     assert "G3.pt: no such file" in refused(capsys, run, 1)
+
+
+def test_how_far_the_labels_hold_is_said(runs, tmp_path, capsys):
+    """By the last score that the generator's step allows, each group's; else the command that measures it."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "acgan", run)
+    export(run, tmp_path / "to", 1, "--group", "3,2")
+    command = shlex.split(capsys.readouterr().out.split("Of an export as PNGs it is by: ")[1])
+    assert command == ["python", "labels.py", str(runs / "photos"), str(tmp_path / "to/G2")]
+    lines = [{"step": k, "score": "rFD", "G1": 1, "G2": 2, "G3": 3,
+              "labels": {"G1": k / 10, "G2": k / 20, "G3": 0.5, "reals": 0.9, "chance": 1 / 3}} for k in (1, 2, 3)]
+    del lines[1]["labels"]["G2"]
+    (run / "fid.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    export(run, tmp_path / "more", 1)                               # generators of step 2
+    said = [line for line in capsys.readouterr().out.splitlines() if "Labels" in line]
+    assert said == [f"Labels that hold at step {k}, by the features of rFD: {each} (reals held out 0.90, chance 0.33)"
+                    for k, each in ((2, "G1 0.20  G3 0.50"), (1, "G2 0.05"))]
+    export(runs / "sagan", tmp_path / "none", 1)
+    assert "abels" not in capsys.readouterr().out.replace(str(tmp_path), "")
 
 
 @pytest.fixture
