@@ -20,7 +20,7 @@ A model script must offer Generator(z) -> (B, 3, H, W) in [-1, 1] and Discrimina
 a flat dict hparams, whose keys become flags. The README has the whole contract.
 
 The file, from top to bottom: settings, the ring and its step, networks, randomness, the model script, data, processes,
-the run folder, scores, settings from the command line, the loop, starting processes.
+pictures, variety, the run folder, scores, settings from the command line, the loop, starting processes.
 """
 import argparse
 import contextlib
@@ -1216,7 +1216,6 @@ def mixing_layer(net, args):
 ROLES = {"d": "discriminator", "c": "connector", "g": "generator"}
 
 
-@torch.inference_mode()
 def chunk_of_inputs(s, k, purpose):
     """Chunk number k of a generator's inputs, drawn for `purpose`: (z,), or (z, y) with the classes in turn."""
     z = draw(s.seed, k, 0, purpose, "normal", (CHUNK, s.z_dim))
@@ -1239,6 +1238,7 @@ def settle_norms(G, s):
         m.eval().momentum = momentum
 
 
+@torch.inference_mode()
 def generate(G, z, y=None, chunk=CHUNK):
     """Images of a generator in eval mode: z (n, z_dim), y (n,) or None -> uint8 (n, H, W, 3)."""
     device = next(G.parameters()).device
@@ -1315,6 +1315,101 @@ def legible(text):
     """Text in the letters of Pillow's own font, which are ASCII's: accents go, any other letter becomes its code."""
     plain = unicodedata.normalize("NFKD", one_line(text))
     return "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "backslashreplace").decode()
+
+
+# ---------------------------------------------------------------------------------------------- variety
+VARIETY = 128                   # images by which the variety of a generator is measured; 8 of a class at least
+# Variety, as a share of that of real images, below which images are alike. Collapsed runs had 0.05, sound ones 0.3 to 2
+# after some 200 steps; before, a class may have 0.2.
+ALIKE = 0.2
+
+
+def variety(trainer, g):
+    """How much the averaged generator's images differ within a class: {"pixels": [a share per class], "features": ...}.
+
+    The mean distance between two fakes over that between two reals, by pixels averaged to 16x16 and by what the last
+    layer of D is given, for the first 64 classes; None where no two reals differ. Nothing of the training moves.
+    """
+    s, data, found = trainer.s, trainer.data, []
+    n = min(max(1, len(data.classes)), 64)
+    k = max(8, VARIETY // n)
+    y = torch.arange(n * k) % n
+    z = draw(s.seed, 0, 0, "variety", "normal", (n * k, s.z_dim))
+    order = draw(s.seed, 0, 0, "variety reals", "permutation", len(data.images))
+    own = data.labels.cpu()[order] if data.classes else torch.zeros_like(order)
+    picks = torch.cat([torch.nonzero(own == c)[:k, 0] for c in range(n)])
+    seed_torch(s.seed, trainer.step_count, g.i, "variety")          # for a script that draws by itself
+    fakes = torch.from_numpy(generate(g.ema, z, y if data.classes else None)).permute(0, 3, 1, 2)
+    for images, labels in ((fakes, y), (data.images[order[picks]], own[picks])):
+        x, labels = images.to(trainer.device).float().div_(127.5).sub_(1), labels.to(trainer.device)
+        seen = {"pixels": torch.nn.functional.interpolate(x, size=(16, 16), mode="area"),
+                "features": last_input(g.nets["D"], trainer.arrange(x), labels, s.batch_size)}
+        found.append({name: spreads(v, labels, n) for name, v in seen.items() if v is not None})
+    share = lambda fake, real: round(fake / real, 4) if real > 0 and fake < math.inf else None
+    return {name: [share(*pair) for pair in zip(of_fakes, found[1][name])] for name, of_fakes in found[0].items()}
+
+
+def spreads(x, y, n):
+    """Mean distance between two rows of x (b, ...) of a class, for each class in range(n); NaN without two."""
+    return [torch.pdist(x[y == c].flatten(1)).mean().item() for c in range(n)]
+
+
+def last_input(critic, x, y, size):
+    """What the last convolution or linear layer that a critic calls is given for images x (b, 3, H, W): (b, d) or None.
+
+    In batches of `size`, as it is trained with; it is frozen and in eval mode, as batch statistics would hide collapse.
+    """
+    last, rows, net = {}, [], critic.net
+    keep = lambda m, args, keywords: last.update(x=[*args, *keywords.values()][0])
+    layers = [m for m in net.modules() if isinstance(m, (torch.nn.Linear, torch.nn.modules.conv._ConvNd))]
+    hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in layers]
+    with torch.no_grad(), critic.frozen():
+        net.eval()
+        for k in (torch.arange(len(x) + -len(x) % size) % len(x)).split(size):
+            net(x[k], *((y[k],) if takes(net.forward, "y") else ()))
+            rows += [last["x"].flatten(1).float()] if last and len(last["x"]) == size else []
+        net.train()
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(rows)[:len(x)] if rows else None
+
+
+def collapsed(before, now):
+    """{group: numbers of its collapsed classes} by two lines of log.jsonl that tell the variety.
+
+    Below ALIKE in both, by pixels; and not on the way up, as it may be in the first steps of a sound run.
+    """
+    found = {}
+    for i, groups in enumerate(zip(before["groups"], now["groups"]), 1):
+        pairs = enumerate(zip(*(group["variety"]["pixels"] for group in groups)))
+        alike = [c for c, (a, b) in pairs if None not in (a, b) and max(a, b) < ALIKE and b <= 1.1 * a]
+        found.update({i: alike} if alike else {})
+    return found
+
+
+def classes_in_words(numbers, classes):
+    """' of Crack, Rust', ' of every class', or '' without classes."""
+    whole = len(numbers) == min(len(classes), 64)
+    return f" of {'every class' if whole else ', '.join(classes[c] for c in numbers)}" if classes else ""
+
+
+class Collapse:
+    """Says of each group, once, that its images, or those of a class, have become alike."""
+
+    def __init__(self, classes):
+        self.classes, self.before, self.told = classes, None, set()
+
+    def news(self, line):
+        """line: what was written to log.jsonl, None on other ranks -> lines to be said."""
+        if not line or "every" not in line:
+            return []
+        found, self.before = collapsed(self.before, line) if self.before else {}, line
+        new = [i for i in found if i not in self.told]
+        self.told.update(new)
+        return [f"Group {i} has collapsed by step {line['step']}: its images{classes_in_words(found[i], self.classes)} "
+                f"are nearly one picture, with less than {ALIKE} of the variety of real ones. It seldom mends itself: "
+                "start anew (--out) with lower --g-lr and --d-lr, --recipe small or more photos. What was good before "
+                f"is kept in G{i}.best.pt, if --fid-every made scores." for i in new]
 
 
 # ---------------------------------------------------------------------------------------------- the run folder
@@ -1787,6 +1882,8 @@ log.jsonl has a line of step, seconds, images_per_second (all groups) and, per g
   c_w, c_grad_norm  the same between neighbour and own fakes: c_w falls as the groups come together
   gamma             weight of each attention layer in G, D, C; starts at 0 and leaves it; its sign does not matter
   d_accuracy        acgan: share of real images whose class is named right, towards 1; d_class_loss: the class loss
+  variety           every --sample-every steps: mean distance of two fakes of a class (the first 64) over that of two
+                    reals, in pixels averaged to 16x16 and in D's last features; near 0 the class is one picture
 """
 
 
@@ -2111,7 +2208,7 @@ def loop(trainer, s, out, scores, owed=False):
     """Steps, with logs, pictures, scores, checkpoints, and a way out that saves. owed: score before the first step."""
     ranks, begin, first = trainer.ranks, time.monotonic(), trainer.step_count
     progress = Progress(s.steps, quiet=ranks.rank > 0)
-    pace, per_step = Pace(), s.batch_size * s.groups
+    pace, collapse, per_step = Pace(), Collapse(trainer.data.classes), s.batch_size * s.groups
     with Stop() as stop:
         signalled = owed and scores(trainer, out, progress, stop)
         leaving = bool(signalled)
@@ -2135,7 +2232,9 @@ def loop(trainer, s, out, scores, owed=False):
                 for g in trainer.groups:
                     settle_norms(g.ema, s)
             if "log" in due:
-                write_log(trainer, losses, out, seconds, (step - first) * per_step / seconds)
+                line = write_log(trainer, losses, out, seconds, (step - first) * per_step / seconds)
+                for words in collapse.news(line):
+                    progress.say(words)
             if "sample" in due:
                 sample_grid(trainer, out / "samples" / f"step_{step:06d}.png")
             if "save" in due:
@@ -2151,7 +2250,8 @@ def what_is_due(s, step):
     """Which of log, sample, save and fid come after this step; all of them after the last. What is scored is saved."""
     every = {"log": s.log_every, "sample": s.sample_every, "save": s.save_every, "fid": s.fid_every}
     due = {what for what, k in every.items() if k and (step == s.steps or step % k == 0)}
-    return due | {"save"} if "fid" in due else due
+    due |= {"save"} if "fid" in due else set()
+    return due | {"log"} if "sample" in due else due                # the log tells the variety of the pictures
 
 
 def refuse_lost(trainer, out):
@@ -2170,14 +2270,19 @@ def mean_losses(losses):
 
 
 def write_log(trainer, losses, out, seconds, rate):
-    """Append one JSON object to log.jsonl; what a group's ranks saw of a batch is averaged by their shares."""
-    ranks, mine = trainer.ranks, {}
+    """Append one JSON object to log.jsonl and return it, on rank 0; what a group's ranks saw is averaged by shares.
+
+    Every --sample-every steps it tells the variety, too; not where a run ends in between, which another run passes by.
+    """
+    ranks, mine, every = trainer.ranks, {}, trainer.s.sample_every
+    with_variety = trainer.step_count % every == 0
     for g in trainer.groups:
         row = {}
         for role, (value, logs) in losses[g.i].items():
             row[f"{role}_loss"] = value.item()
             row.update({f"{role}_{name}": float(v) for name, v in logs.items()})
         row["gamma"] = {role: [v.item() for v in values] for role, values in g.gammas().items()}
+        row.update({"variety": variety(trainer, g)} if with_variety else {})
         mine[g.i, ranks.part] = (ranks.share, row)
     rows = ranks.collect(mine)
     if rows is None:
@@ -2186,9 +2291,11 @@ def write_log(trainer, losses, out, seconds, rate):
     for i in range(1, ranks.n_groups + 1):
         parts = [rows[i, k] for k in range(len(ranks.owners[i]))]
         mean = lambda name: sum(share * row[name] for share, row in parts)
-        groups.append({name: v if name == "gamma" else mean(name) for name, v in parts[0][1].items()})
-    append_line(out / "log.jsonl", {"step": trainer.step_count, "seconds": round(seconds, 3),
-                                    "images_per_second": round(rate, 2), "groups": groups})
+        groups.append({name: v if isinstance(v, dict) else mean(name) for name, v in parts[0][1].items()})
+    line = {"step": trainer.step_count, "seconds": round(seconds, 3), "images_per_second": round(rate, 2),
+            "groups": groups, **({"every": every} if with_variety else {})}
+    append_line(out / "log.jsonl", line)
+    return line
 
 
 def say_goodbye(trainer, s, out, scores, progress, signalled, seconds):

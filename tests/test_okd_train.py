@@ -547,7 +547,7 @@ def test_a_run_leaves_what_the_readme_says(photos, tmp_path):
     assert sorted(f.name for f in out.iterdir()) == files
     assert sorted(f.name for f in (out / "samples").iterdir()) == ["real.png", "step_000003.png", "step_000005.png"]
     lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines] == [2, 4, 5]                  # the last step always does all three
+    assert [x["step"] for x in lines] == [2, 3, 4, 5]               # with pictures, too; the last step always does all
     assert {"d_loss", "c_loss", "g_loss", "d_w", "d_accuracy", "gamma"} <= lines[0]["groups"][0].keys()
     assert len(lines[0]["groups"]) == 2
     args = json.loads((out / "args.json").read_text())

@@ -37,6 +37,7 @@ def torchrun(n, *argv, script=okd_train.__file__, ok=True, flags=("--standalone"
 RING = okd_train.neighbour
 TOPOLOGIES = {"ring": RING, "reversed": lambda i, n: (i - 2) % n + 1, "star": lambda i, n: 1}
 MODELS = ["sagan", "acgan", "script"]
+PICTURES = ["--sample-every", "2"]                                  # with the variety of the images in the log
 
 # Several trainings one after the other: starting processes takes longer than all of them.
 DRIVER = """
@@ -68,7 +69,8 @@ def placed(photos, root, tmp_path_factory):
     (folder / "other.py").write_text(OTHER)
     (folder / "driver.py").write_text(DRIVER.format(paths=[str(root), str(root / "tests")]))
     common = ["--data", str(photos), "--log-every", "2", "--seed", "3", "--n-critic", "2"]
-    models = {"sagan": TINY, "acgan": [*TINY, "--model", "acgan"], "script": ["--model", str(folder / "other.py")]}
+    models = {"sagan": TINY, "acgan": [*TINY, "--model", "acgan", *PICTURES],
+              "script": ["--model", str(folder / "other.py")]}
 
     def job(kind, where, steps, *more):
         topology = kind if kind in TOPOLOGIES else "ring"
@@ -109,6 +111,7 @@ def test_the_checkpoint_does_not_depend_on_the_number_of_processes(kind, placed)
         assert_same(checkpoint(one), checkpoint(other))
         assert_same(okd_train.load_file(one / "G3.pt"), okd_train.load_file(other / "G3.pt"))
         assert logs(one) == logs(other)
+        assert sum("variety" in line["groups"][2] for line in logs(other)) == (2 if kind == "acgan" else 0)
         assert picture(one) == picture(other)
 
 
