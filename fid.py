@@ -4,6 +4,7 @@
     python fid.py REAL G1 G2 G3                      # one pass over REAL; a table with the mean and the union of all
     python fid.py REAL RUN/fakes/G* RUN2/fakes/G*    # a row per run: one group, or G1 G2 ..., their mean and union
     python fid.py REAL FAKE --kid --prdc --floor     # and what fresh photos would read at these n
+    python fid.py REAL FAKE --size 64                # images as okd_train.py reads them: the centre square, resized
     python fid.py REAL FAKE --copies sheet.png       # the fakes closest to a real, side by side with it
     python fid.py REAL FAKE --features FILE.py       # FD in the features of your own network, class Features: network()
     python fid.py REAL FAKE --features random        # no weights at hand: rFD, a smoke test, it may rank sets wrongly
@@ -855,15 +856,20 @@ def _all_images(folder):
 
 def read_square(path, size):
     """(uint8 array (3, size, size) RGB, whether it was resized): the centre square, antialiased. As read_image()."""
-    from PIL import Image
     image, _ = _rgb(path)
+    square = centre_square(image, size)
+    return np.asarray(square).transpose(2, 0, 1), square is not image
+
+
+def centre_square(image, size):
+    """The centre square of a Pillow image, resized with antialias to (size, size); the image itself if it is so."""
+    from PIL import Image
     w, h = image.size
-    resized = (w, h) != (size, size)
-    if resized:
-        side = min(w, h)
-        x, y = (w - side) // 2, (h - side) // 2
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
-    return np.asarray(image).transpose(2, 0, 1), resized
+    if (w, h) == (size, size):
+        return image
+    side = min(w, h)
+    x, y = (w - side) // 2, (h - side) // 2
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
 
 
 def read_image(path):
@@ -997,14 +1003,20 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
 
 
 def _extract(images, model, batch_size=50, workers=None, resize="torch", skip_bad=False, keep=True, progress=None,
-             ranks=None):
-    """One pass over a list of paths or an array of images: batch b on rank b % W, the whole result on every rank."""
+             ranks=None, size=None):
+    """One pass over a list of paths or an array of images: batch b on rank b % W, the whole result on every rank.
+
+    size: of the centre square that is taken of each image before all else; None for the whole image as it is.
+    """
+    from PIL import Image
     array = not isinstance(images, list)
     items = range(len(images)) if array else images
 
     def read(item):
         try:
             image, deep = (images[item], False) if array else read_image(item)
+            if size and image.shape[:2] != (size, size):
+                image = np.asarray(centre_square(Image.fromarray(image), size))
             return (_clean_resize(image) if resize == "clean" else image), deep
         except FidError as e:
             return e
@@ -1014,7 +1026,7 @@ def _extract(images, model, batch_size=50, workers=None, resize="torch", skip_ba
     rank, world = (ranks.get_rank(), ranks.get_world_size()) if ranks else (0, 1)
     starts = range(0, len(items), batch_size)
     batches = [items[start:start + batch_size] for start in starts[rank::world]]
-    if array and resize != "clean":
+    if array and resize != "clean" and not size:
         workers = 0                             # there is nothing to decode
     stream = _decoded(itertools.chain.from_iterable(batches), read, workers, batch_size)
     found, batches = _Extracted(len(items), model.dims, keep), iter(batches)
@@ -1249,6 +1261,8 @@ def _run(argv, rank, world):
     if args.copies:
         _fresh(args.copies)
     real, *fakes = sides = [_side(path, args.use) for path in [args.real, *args.fakes]]
+    if not args.save:
+        _same_size(args, sides)
     own = network(args.features, device=args.device) if args.features.endswith(".py") else None
     dims, resize = _check(args, sides, own)
     digest = _read(args, sides, dims, resize, world, own)
@@ -1331,6 +1345,9 @@ def _parser():
              "it, a torch module (n, 3, size, size) in [-1, 1] -> (n, dims) with size, dims and digest; prints FD")
     add("--use", choices=("images", "statistics"),
         help="what counts of an .npz file that holds both, arr_0 and mu, sigma (default: images)")
+    add("--size", type=_whole(1, 10 ** 4), metavar="N",
+        help="take of every image the centre square, resized with antialias to NxN, as okd_train.py does before it "
+             "trains and scores (default: whole images, as other FID programs; under --features random, FAKE's size)")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--save", metavar="NPZ", help="write mu and sigma of the one folder given; never overwrites")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
@@ -1430,6 +1447,36 @@ def _side(path, use=None):
     return side
 
 
+def _same_size(args, sides):
+    """Where REAL's first image has another size than every FAKE's, set args.size under --features random, else say so.
+
+    Random networks take the images as they are: a score across sizes would tell of the sizes alone.
+    """
+    real, *fakes = [_first_size(s) for s in sides]
+    if args.size or not real or len(set(fakes)) != 1 or fakes[0] in (None, real) or fakes[0][0] != fakes[0][1]:
+        return
+    n = fakes[0][0]
+    differ = f"REAL's images differ in size from FAKE's, {real[0]}x{real[1]} from {n}x{n}"
+    if args.features == "random":
+        args.size = n
+        _say(f"{differ}: all are read as okd_train.py reads them, the centre square, resized (--size {n})")
+    else:
+        _say(f"{differ}, which raises the score; --size {n} reads all as okd_train.py does, the centre square, resized")
+
+
+def _first_size(side):
+    """(width, height) of the first image of a side; None of statistics, and of what reading will name as bad."""
+    if side.images is None:
+        return None
+    if not isinstance(side.images, list):
+        return side.images.shape[2], side.images.shape[1]
+    try:
+        image, _ = read_image(side.images[0])
+        return image.shape[1], image.shape[0]
+    except FidError:
+        return None
+
+
 def _check(args, sides, own=None):
     """(dims, resize) of this comparison; FidError for all that can be refused before Inception is loaded."""
     real, folders, files = sides[0], [s for s in sides if not s.said], [s for s in sides if s.said]
@@ -1454,7 +1501,7 @@ def _check(args, sides, own=None):
                            f"the others with {args.own or 'inception'}")
     if args.use and not any(s.both for s in sides):
         raise FidError("--use has no meaning here: no .npz file holds both images (arr_0) and statistics (mu, sigma)")
-    for flag in ("weights", "device", "precision", "batch-size", "workers", "skip-bad"):
+    for flag in ("weights", "device", "precision", "batch-size", "workers", "skip-bad", "size"):
         if not folders and not own and getattr(args, flag.replace("-", "_")) not in (None, False):
             raise FidError(f"--{flag} has no meaning where all sides are .npz files of statistics")
     if args.floor and real.n < 4:
@@ -1510,7 +1557,7 @@ def _measure(side, label, model, args, resize, ranks):
     keep = args.kid or args.prdc or args.floor or args.copies or side.n <= 2 * model.dims
     progress = None if ranks and ranks.get_rank() else Progress(label, side.n)
     found = _extract(side.images, model, args.batch_size or 50, args.workers, resize, args.skip_bad, keep, progress,
-                     ranks)
+                     ranks, size=args.size)
     for note in found.notes():
         _say(f"{side.path}: {note}")
     if found.n < 2:
@@ -1681,7 +1728,7 @@ def _settings(args, sides, dims, resize, digest):
     trained = not random and not args.own
     return {"real": str(sides[0].path), "n_real": sides[0].n, "features": args.own or args.features,
             "dims": None if random else dims, "resize": resize if trained else None,
-            "precision": (args.precision or "fp32") if read else None,
+            "precision": (args.precision or "fp32") if read else None, "size": args.size,
             "weights": digest[:8] if digest and trained else None, "k": K if args.prdc else None}
 
 

@@ -1532,9 +1532,10 @@ def keep_best(trainer, states, out, say=None):
                 "that generator is lost, a lower score replaces the file.")
 
 
-def load_generator(path, device="cpu", model=None):
+def load_generator(path, device="cpu", model=None, as_scored=False):
     """G1.pt -> the generator in eval mode on `device`; `model` names the script where it moved. Raises UserError.
 
+    as_scored: in the memory layout of training, so that its images are those that were scored, bit for bit.
     Call it with z (B, z_dim) ~ N(0, I), and with y (B,) int64 if the file names classes -> (B, 3, H, W) in [-1, 1].
     """
     d = load_file(path)
@@ -1548,7 +1549,8 @@ def load_generator(path, device="cpu", model=None):
             raise ValueError("its numbers are not finite")
     except Exception as e:                                          # a constructor may raise anything at such arguments
         raise UserError(f"{path} does not fit {model or d['model']}: {brief(e)}") from e
-    return G.eval().requires_grad_(False).to(device)
+    layout = script.layout(torch.device(device)) if as_scored else torch.preserve_format
+    return G.eval().requires_grad_(False).to(device, memory_format=layout)
 
 
 def load_file(path):

@@ -5,6 +5,7 @@
     python sample.py runs/acgan-3 --per-class 40                    # 40 of every class
     python sample.py runs/acgan-3 --per-class Crack=500 --group best --to cracks/       # cracks/G2/Crack/000000.png ...
     python sample.py runs/acgan-3 1000 --npz --to arrays/           # arrays/G1.npz, ... in place of PNGs
+    python sample.py runs/acgan-3 --scored --to scored/             # the very images of the last score in fid.jsonl
     torchrun --nproc-per-node 2 sample.py runs/sagan-3 1000         # two processes; python alone starts one per GPU
 
 Counts are exact and hold for each group. --group best takes the group and step with the lowest score in the run's
@@ -12,6 +13,9 @@ fid.jsonl; a run without scores is scored then and there, against the images it 
 or new, and appears whole, when all is done. An export that was stopped, by Ctrl-C, kill -9 or a full disk, goes on when
 the same command is given again: what it has written waits in a hidden folder beside (.cracks.partial, to be deleted if
 you do not want it) and is not drawn twice.
+
+--scored exports what fid.jsonl's score was made of, and says the command by which fid.py prints that score again (with
+as many threads as in training, to the last digit).
 
 manifest.csv has a row per image: file, group, class, z, checkpoint. z is a function of the run's seed, the class and
 the image's number alone, so the first 100 images of 1000 are those of an export of 100: "0/3/0/sample Crack/17" is row
@@ -101,6 +105,8 @@ def export(args, s, script, saved):
     e.progress.say(f"{e.total} images{best} in {e.target}/ ({okd_train.span(seconds)}{rate}).")
     if e.classes:
         e.progress.say(label_note(s, e.plan["groups"], e.target))
+    if e.scores:
+        e.progress.say(how_to_repeat(s, e))
     ranks.close()
 
 
@@ -119,6 +125,16 @@ def label_note(s, groups, target):
     real = shlex.quote(s.data) if s.data else "REAL"
     return ("Whether the labels hold was never measured in this run. Of an export as PNGs it is by: "
             f"python labels.py {real} {shlex.quote(str(target / min(groups)))}")
+
+
+def how_to_repeat(s, e):
+    """The scores of fid.jsonl that these images have, and the command that makes them again."""
+    numbers = "  ".join(f"{g} {e.scores[g]:.4f}" for g in e.plan["groups"])
+    real, sides = s.fid_data or s.data, [str(e.target / f"{g}{'.npz' * e.npz}") for g in e.plan["groups"]]
+    words = ["python", "fid.py", real, *sides, "--size", str(s.image_size)]
+    words += ["--features", s.fid_features] * (s.fid_features != "inception")
+    command = shlex.join(words) if real else "the built-in images they were compared with lie in no folder"
+    return f"{e.scores['score']} at step {e.scores['step']}: {numbers}. Once more: {command}"
 
 
 class Job(NamedTuple):
@@ -148,14 +164,16 @@ class Export:
         self.target = out / "fakes" if args.to is None else Path(args.to).resolve()
         self.partial = self.target.parent / f".{self.target.name}.partial"
         with ranks.together():
-            self.counts = class_counts(args.n, args.per_class, self.classes, out)
             files = group_files(args.group, s.groups, out)
+            self.scores = scores_of(files, s.groups, out) if args.scored else None
+            self.counts = ([("", None, self.scores["samples"])] if self.scores else
+                           class_counts(args.n, args.per_class, self.classes, out))
         files = files or score_now(s, script, saved, ranks, device)
         with ranks.together():
-            self.generators, groups = read_generators(files, script, device)
+            self.generators, groups = read_generators(files, script, device, args.scored)
         self.plan = {"seed": s.seed, "images": {name: n for name, _, n in self.counts}, "npz": self.npz,
                      "device": device.type, "torch": torch.__version__, "script": okd_train.digest(script.path),
-                     "groups": groups}
+                     "groups": groups, **({"scored": True} if self.scores else {})}
         ranks.compare(settings=json.dumps(self.plan))
         self.jobs = [Job(i, name, label, k, min(okd_train.CHUNK, n - k))
                      for i in files for name, label, n in self.counts for k in range(0, n, okd_train.CHUNK)]
@@ -224,7 +242,15 @@ class Export:
         """uint8 (job.n, H, W, 3)."""
         G, chunk = self.generators[job.group], job.first // okd_train.CHUNK
         with okd_train.calling(self.script, f"the generator of group {job.group}"):
+            if self.scores:
+                return okd_train.generate(G, *okd_train.chunk_of_inputs(self.s, chunk, "fid"))[:job.n]
             return draw_chunk(G, self.s.seed, chunk, f"sample {job.name}", job.label, self.s.z_dim)[:job.n]
+
+    def labels(self):
+        """Class number of every image of a group, None without classes; scored ones have all classes in turn."""
+        if self.scores and self.classes:
+            return [k % len(self.classes) for k in range(self.scores["samples"])]
+        return [label for _, label, n in self.counts for _ in range(n)]
 
     def wait_for(self, saves):
         """Until all of these are on the disk; UserError if one is not."""
@@ -244,9 +270,9 @@ class Export:
         for i in self.generators if self.npz else ():
             if not whole(self.packed(i)):
                 chunks = [path for job in self.jobs if job.group == i for path in self.files(job)]
-                pack(chunks, self.counts, f"G{i}", self.classes, self.packed(i))
+                pack(chunks, self.labels(), f"G{i}", self.classes, self.packed(i))
             shutil.rmtree(self.partial / f".G{i}", ignore_errors=True)
-        write_manifest(self.plan, self.counts, self.partial / "manifest.csv")
+        write_manifest(self.plan, self.counts, self.labels(), self.classes, self.partial / "manifest.csv")
         for left in self.partial.rglob(".*.tmp*"):
             left.unlink()
 
@@ -309,6 +335,22 @@ def group_files(group, n_groups, out):
     return {i: out / f"G{i}.pt" for i in sorted(numbers)}
 
 
+def scores_of(files, n_groups, out):
+    """The line of fid.jsonl that holds the scores of these generators ({i: path}, None where nothing is scored).
+
+    UserError where there is none of their step: then no score is of their images.
+    """
+    lines = {line["step"]: line for line in okd_train.score_lines(out, n_groups)}
+    steps = {path.name: okd_train.load_file(path).get("step") for path in (files or {}).values()}
+    if not lines or not files:
+        raise okd_train.UserError(f"--scored: {out} has no scores; train with --fid-every")
+    for name, step in steps.items():
+        if step not in lines:
+            raise okd_train.UserError(f"--scored: {name} is of step {step}, of which fid.jsonl has no score (the last "
+                                      f"is of step {max(lines)}); --group best takes the step with the lowest")
+    return lines[max(steps.values())]
+
+
 def score_now(s, script, saved, ranks, device):
     """Score the groups of a run without scores on its images -> {best group: file of its generator}. On every rank.
 
@@ -356,10 +398,11 @@ def choose_features(s):
     return ""
 
 
-def read_generators(files, script, device):
+def read_generators(files, script, device, as_scored=False):
     """{i: path} -> {i: G_i in eval mode}, and what export.json says of them. UserError if a file changes meanwhile."""
     before = {path.name: okd_train.digest(path) for path in files.values() if path.is_file()}
-    generators = {i: okd_train.load_generator(path, device, str(script.path)) for i, path in files.items()}
+    load = functools.partial(okd_train.load_generator, device=device, model=str(script.path), as_scored=as_scored)
+    generators = {i: load(path) for i, path in files.items()}
     groups = {f"G{i}": {"file": path.name, "step": okd_train.load_file(path)["step"],
                         "checkpoint": okd_train.digest(path)} for i, path in files.items()}
     if before != {of["file"]: of["checkpoint"] for of in groups.values()}:
@@ -386,7 +429,8 @@ def redraw(run, row, model=None, device="cpu"):
         seed, chunk, zero, purpose, k = row["z"].split("/")
         seed, chunk, k, group = int(seed), int(chunk), int(k), int(row["group"].removeprefix("G"))
         wanted = row["checkpoint"]
-        if zero != "0" or purpose != f"sample {row['class']}" or min(seed, chunk) < 0 or not 0 <= k < okd_train.CHUNK:
+        ours = purpose in ("fid", f"sample {row['class']}")
+        if zero != "0" or not ours or min(seed, chunk) < 0 or not 0 <= k < okd_train.CHUNK:
             raise ValueError
     except (KeyError, ValueError, AttributeError, TypeError) as e:
         raise okd_train.UserError(f"{row} is not a row of a manifest of sample.py") from e
@@ -395,15 +439,19 @@ def redraw(run, row, model=None, device="cpu"):
     if path is None:
         raise okd_train.UserError(f"{row.get('file')}: neither {paths[0]} nor {paths[1].name} is its generator, "
                                   f"checkpoint {wanted}; training went on, or it is another run")
-    return redrawn(path, wanted, seed, chunk, row["class"], model, device)[k].copy()
+    return redrawn(path, wanted, seed, chunk, purpose, row["class"], model, device)[k].copy()
 
 
 @functools.lru_cache(maxsize=2)
-def redrawn(path, wanted, seed, chunk, name, model, device):
+def redrawn(path, wanted, seed, chunk, purpose, name, model, device):
     """The whole chunk of an image: kept, as the next row of a manifest mostly lies in it. wanted: the file's digest."""
-    G, d = okd_train.load_generator(path, device, model), okd_train.load_file(path)
+    G, d = okd_train.load_generator(path, device, model, purpose == "fid"), okd_train.load_file(path)
     if (name not in d["classes"]) if d["classes"] else name:
         raise okd_train.UserError(f"{path} knows no class {name!r}")
+    if purpose == "fid":
+        of_classes = {"n_classes": len(d["classes"])} if d["classes"] else {}
+        settings = argparse.Namespace(seed=seed, z_dim=d["z_dim"], **of_classes)
+        return okd_train.generate(G, *okd_train.chunk_of_inputs(settings, chunk, "fid"))
     label = d["classes"].index(name) if name else None
     return draw_chunk(G, seed, chunk, f"sample {name}", label, d["z_dim"])
 
@@ -446,11 +494,11 @@ def open_folder(target, partial, plan):
                                   "give its own command to finish it, or delete that folder")
 
 
-def pack(paths, counts, group, classes, target):
+def pack(paths, labels, group, classes, target):
     """Chunks (.npy) -> .npz of arr_0 uint8 (n, H, W, 3), labels int64 (n,), classes, group; one chunk is in memory."""
-    shape = (sum(n for _, _, n in counts), *np.load(paths[0]).shape[1:])
-    labels = np.repeat([c for _, c, _ in counts], [n for _, _, n in counts]) if classes else []
-    others = {"labels": np.array(labels, np.int64), "classes": np.array(classes, str), "group": np.array(group)}
+    shape = (len(labels), *np.load(paths[0]).shape[1:])
+    others = {"labels": np.array(labels if classes else [], np.int64), "classes": np.array(classes, str),
+              "group": np.array(group)}
     with okd_train.replacing(target) as f, zipfile.ZipFile(f, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as a:
             np.lib.format.write_array_header_1_0(a, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -461,18 +509,20 @@ def pack(paths, counts, group, classes, target):
                 np.lib.format.write_array(a, value, allow_pickle=False)
 
 
-def write_manifest(plan, counts, path):
+def write_manifest(plan, counts, labels, classes, path):
     """A row per image: file (PNG, or G1.npz#row of arr_0), group, class, z (of draw, then the row), checkpoint."""
     with okd_train.replacing(path) as f:
         text = io.TextIOWrapper(f, "utf-8", errors="surrogateescape", newline="")
         table = csv.writer(text, lineterminator="\n")
         table.writerow(("file", "group", "class", "z", "checkpoint"))
         for group, of in plan["groups"].items():
-            for at, (name, k) in enumerate((name, k) for name, _, n in counts for k in range(n)):
-                folder = f"{group}/{name}" if name else group
+            for at, (place, k) in enumerate((name, k) for name, _, n in counts for k in range(n)):
+                folder = f"{group}/{place}" if place else group
                 file = f"{group}.npz#{at}" if plan["npz"] else f"{folder}/{k:06d}.png"
                 chunk, row = divmod(k, okd_train.CHUNK)
-                table.writerow((file, group, name, f"{plan['seed']}/{chunk}/0/sample {name}/{row}", of["checkpoint"]))
+                name = classes[labels[at]] if classes else ""
+                purpose = "fid" if "scored" in plan else f"sample {name}"
+                table.writerow((file, group, name, f"{plan['seed']}/{chunk}/0/{purpose}/{row}", of["checkpoint"]))
         text.flush()
         text.detach()
 
@@ -492,6 +542,9 @@ def arguments(argv):
     p.add_argument("n", metavar="N", nargs="?", type=count, help="images of each group, its classes evenly")
     p.add_argument("--per-class", metavar="N|CLASS=N,...",
                    help="in place of N: exactly so many images of every class, or of these classes, of each group")
+    p.add_argument("--scored", action="store_true",
+                   help="in place of N: the images that fid.jsonl's score of these generators was made of, all classes "
+                        "in turn; fid.py then gives that score again")
     p.add_argument("--group", default="all", metavar="all|best|1,3",
                    help="whose images; best: the group and step with the lowest score (default all)")
     p.add_argument("--to", metavar="DIR", help="empty or new folder for the images (default RUN/fakes)")
@@ -505,7 +558,9 @@ def arguments(argv):
     for name, value in vars(args).items():
         if value == "":
             raise okd_train.UserError(f"{'RUN' if name == 'run' else okd_train.flag(name)} is empty")
-    if args.n is None and args.per_class is None:
+    if args.scored and (args.n is not None or args.per_class is not None):
+        raise okd_train.UserError("--scored takes as many images as were scored: leave N and --per-class out")
+    if args.n is None and args.per_class is None and not args.scored:
         raise okd_train.UserError("how many images? Give N after RUN, or --per-class (--help lists the flags)")
     return args
 

@@ -1226,7 +1226,7 @@ def test_sums_only_give_the_same_number(run, folders, monkeypatch, small_model, 
 def test_random_features_are_never_called_fid(run, folders, no_network):
     status, out, err = run(folders / "real", folders / "G1", "--features", "random", "--kid", "--prdc", "--floor")
     assert status == 0 and "rFD: " in out and "FID" not in out
-    assert all(l.startswith(("r", "floor r")) for l in out.splitlines())
+    assert all(l.startswith(("r", "floor r", "floor spread r")) for l in out.splitlines())
     assert "not comparable with any FID" in err
     got = json.loads(run(folders / "real", folders / "G1", "--features", "random", "--json")[1])
     assert "fid" not in got and got["rfd"] > 0 and got["dims"] is None
@@ -1234,6 +1234,39 @@ def test_random_features_are_never_called_fid(run, folders, no_network):
     assert got["rfd"] == pytest.approx(fid.random_distance(*f), rel=1e-5)
     write(folders / "large", pictures(6, size=40))
     assert "differ in size" in run(folders / "real", folders / "large", "--features", "random")[2]
+
+
+def test_size_reads_images_as_training_does(run, fails, folders, tmp_path, small_model, weights):
+    r = np.random.RandomState(0)
+    for k, shape in enumerate(((40, 61), (24, 24), (24, 30), (90, 50), (24, 24), (33, 33))):
+        (tmp_path / "real").mkdir(exist_ok=True)
+        Image.fromarray(r.randint(0, 256, (*shape, 3)).astype(np.uint8)).save(tmp_path / f"real/{k}.png")
+    square = np.stack([fid.read_square(p, 24)[0] for p in fid.find_images(tmp_path / "real")[0]])
+    np.savez(tmp_path / "wide.npz", arr_0=r.randint(0, 256, (6, 24, 40, 3)).astype(np.uint8))
+    wide = np.load(tmp_path / "wide.npz")["arr_0"][:, :, 8:32]
+    fake = fid.features(folders / "G1", model=small_model)
+
+    def read(*argv):
+        status, out, err = run(*argv, "--json")
+        assert status == 0
+        return json.loads(out)["fid"], err
+    want = fid.frechet_distance(fid.features(square, model=small_model), fake)
+    whole = fid.frechet_distance(fid.features(tmp_path / "real", model=small_model), fake)
+    assert read(tmp_path / "real", folders / "G1", "--size", "24")[0] == pytest.approx(want, rel=1e-9)
+    got, err = read(tmp_path / "real", folders / "G1")              # whole images, as other programs; a line says so
+    assert got == pytest.approx(whole, rel=1e-6) != want and "61x40 from 24x24" in err and "--size 24 reads all" in err
+    fake = fid.features(wide, model=small_model)
+    got, err = read(folders / "real", tmp_path / "wide.npz", "--size", "24")
+    assert got == pytest.approx(fid.frechet_distance(fid.features(folders / "real", model=small_model), fake), rel=1e-6)
+    assert "differ in size" not in err and "differ" not in read(folders / "real", folders / "G1")[1]
+    random = [fid.features(x, features="random", device="cpu") for x in (square, folders / "G1")]
+    status, out, err = run(tmp_path / "real", folders / "G1", "--features", "random", "--json")
+    got = json.loads(out)
+    assert got["rfd"] == pytest.approx(fid.random_distance(*random), rel=1e-9) and got["size"] == 24
+    assert "61x40 from 24x24: all are read as okd_train.py reads them" in err and "(--size 24)" in err
+    fails(folders / "real", folders / "G1", "--size", "0", words=["--size"])
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4))
+    fails(tmp_path / "s.npz", tmp_path / "s.npz", "--size", "24", weigh=False, words=["--size"])
 
 
 def test_copies_are_found_and_pictured(run, fails, folders, tmp_path, small_model):

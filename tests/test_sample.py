@@ -94,6 +94,58 @@ def pixels(folder, row):
         return f["arr_0"][int(at)]
 
 
+@pytest.mark.parametrize("model,npz", [("sagan", False), ("acgan", True)])
+def test_a_score_of_training_is_got_again_from_folders_to_the_last_digit(model, npz, tmp_path, capsys, monkeypatch):
+    """By the line that sample.py prints; photos of many sizes, more fakes than a chunk, the best step and the last."""
+    monkeypatch.chdir(tmp_path)
+    r, photos = np.random.default_rng(0), tmp_path / "my photos"
+    for name in CLASSES[::2]:
+        (photos / name).mkdir(parents=True)
+        for k in range(13):
+            low = r.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+            size = tuple(map(int, r.integers(34, 60, 2)))
+            Image.fromarray(low).resize(size).save(photos / name / f"{k}.{'png' if k % 2 else 'jpg'}")
+    scored = ["--fid-every", "2", "--fid-features", "random", "--fid-samples", "61"]
+    argv = ["--model", model, "--groups", "2", *TINY, "--data", photos.name, "--steps", "5", *scored, "--out", "run"]
+    okd_train.main(argv)
+    last = okd_train.score_lines(tmp_path / "run")[-1]
+    for what, group in (("all", []), ("best", ["--group", "best"])):
+        capsys.readouterr()
+        export("run", what, "--scored", *group, *["--npz"] * npz)
+        said = capsys.readouterr().out.strip().splitlines()[-1]
+        numbers, line = said.split(". Once more: ")
+        rows = manifest(tmp_path / what)
+        assert len(rows) == 61 * (1 if group else 2)
+        assert [row["class"] for row in rows[:4]] == (CLASSES[::2] * 2 if model == "acgan" else [""] * 4)
+        assert all(np.array_equal(sample.redraw("run", row), pixels(tmp_path / what, row)) for row in rows[::30])
+        assert shlex.split(line)[:2] == ["python", "fid.py"]
+        assert fid.main([*shlex.split(line)[2:], "--json", "--floor"]) == 0
+        got = json.loads(capsys.readouterr().out)
+        if group:
+            best = min(x[g] for x in okd_train.score_lines(tmp_path / "run") for g in ("G1", "G2"))
+            assert got["rfd"] == best and f"{best:.4f}" in numbers
+        else:
+            wanted = [last["G1"], last["G2"], last["union"], last["floor"], last["floor_spread"]]
+            assert [x["rfd"] for x in (*got["fakes"], got["union"], got["floor"], got["floor_spread"])] == wanted
+            assert f"rFD at step 5: G1 {last['G1']:.4f}  G2 {last['G2']:.4f}" in numbers
+    if npz:
+        with np.load(tmp_path / "all/G2.npz") as f:
+            assert f["labels"].tolist() == [k % 2 for k in range(61)] and len(f["arr_0"]) == 61
+
+
+def test_scored_images_that_there_are_not(runs, tmp_path, capsys):
+    assert "train with --fid-every" in refused(capsys, runs / "sagan", "--scored", "--to", tmp_path / "x")
+    assert "train with --fid-every" in refused(capsys, runs / "sagan", "--scored", "--group", "best")
+    for more in (["5"], ["--per-class", "5"]):
+        assert "leave N and --per-class out" in refused(capsys, runs / "acgan", "--scored", *more)
+    shutil.copytree(runs / "acgan", tmp_path / "run")
+    log = tmp_path / "run/fid.jsonl"
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    text = refused(capsys, tmp_path / "run", "--scored", "--group", "2", "--to", tmp_path / "x")
+    assert "G2.pt is of step 2, of which fid.jsonl has no score (the last is of step 1)" in text
+    assert not (tmp_path / "x").exists()
+
+
 class Killed(BaseException):
     pass
 
