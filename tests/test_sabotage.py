@@ -135,6 +135,19 @@ def test_another_fid_every_loses_no_score(calm, table, tmp_path):
     assert scored_at(out) == [2, 4, 6, 7] and step(out / "G1.best.pt") == 4
 
 
+def test_what_is_scored_is_saved_before(calm, table, tmp_path, capsys, monkeypatch):
+    table.update({2: 3.0, 4: 2.0, 6: 6.0})
+    out, step_of_trainer = tmp_path / "run", okd_train.Trainer.step
+
+    def gone(t):
+        if t.step_count == 5:
+            raise okd_train.UserError("gone")
+        return step_of_trainer(t)
+    monkeypatch.setattr(okd_train.Trainer, "step", gone)
+    refused(capsys, *calm[1], "--save-every", "100", "--out", out)
+    assert checkpoint(out)["step"] == 4 and scored_at(out) == [2, 4] and step(out / "G1.best.pt") == 4
+
+
 def test_a_best_generator_that_cannot_be_had_again_is_said(calm, table, tmp_path, capsys):
     table.update({2: 2.0, 4: 4.0, 6: 3.0, 7: 1.0})
     out, argv = tmp_path / "run", calm[1]
