@@ -37,11 +37,13 @@ hparams = dict(
     c_aux=1.0,                  # weight of the class part in the connector's loss
     class_loss="both",          # both | real | adc: what D's class head learns from; see class_losses
     up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves no checkerboard
+    class_gain=False,           # in G, a gain for each class and channel after every BatchNorm
     channels=3,                 # 1: G makes one channel and shows it three times, for grey photos
 )
 # For a few thousand photos and little time; what each part is worth stands in tests/README.md.
 recipes = dict(
-    small=dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4, class_loss="adc", up="nearest"),
+    small=dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4,
+               class_loss="adc", up="nearest", class_gain=True),
 )
 channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
 autocast = True                 # the losses may run under autocast (--precision bf16); the penalty leaves it
@@ -51,24 +53,43 @@ autocast = True                 # the losses may run under autocast (--precision
 class Generator(nn.Module):
     """z (B, z_dim), y (B,) int64 in [0, n_classes) -> images (B, 3, image_size, image_size) in [-1, 1].
 
-    The label enters as a learned vector that multiplies z.
+    The label enters as a learned vector that multiplies z, and with class_gain as factors of the maps, too. It never
+    adds anything: on few photos that let G forget z, until all images of a class were one.
     """
 
-    def __init__(self, image_size=64, z_dim=128, n_classes=5, ch=64, up="transposed", channels=3):
+    def __init__(self, image_size=64, z_dim=128, n_classes=5, ch=64, up="transposed", class_gain=False, channels=3):
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"channels is {channels}; it is 1 or 3")
         levels = _levels(image_size)
         width = ch * 2 ** levels
         self.embed = nn.Embedding(n_classes, z_dim)
-        layers = [nn.ConvTranspose2d(z_dim, width, 4), nn.BatchNorm2d(width), nn.ReLU()]             # 4x4
+
+        def normed(width):
+            gain = [ClassGain(n_classes, width)] if class_gain else []
+            return [nn.BatchNorm2d(width), *gain, nn.ReLU()]
+        layers = [nn.ConvTranspose2d(z_dim, width, 4), *normed(width)]                               # 4x4
         for _ in range(levels):
-            layers += [*_doubling(up, width, width // 2), nn.BatchNorm2d(width // 2), nn.ReLU()]
+            layers += [*_doubling(up, width, width // 2), *normed(width // 2)]
             width //= 2
         self.net = nn.Sequential(*layers, *_doubling(up, width, channels), nn.Tanh())
 
     def forward(self, z, y):
-        return self.net((z * self.embed(y))[:, :, None, None]).expand(-1, 3, -1, -1)
+        x = (z * self.embed(y))[:, :, None, None]
+        for layer in self.net:
+            x = layer(x, y) if isinstance(layer, ClassGain) else layer(x)
+        return x.expand(-1, 3, -1, -1)
+
+
+class ClassGain(nn.Module):
+    """x (B, C, H, W), y (B,) -> x times a learned factor of its class and channel, which starts at 1."""
+
+    def __init__(self, n_classes, channels):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(n_classes, channels))
+
+    def forward(self, x, y):
+        return x * self.gain[y][:, :, None, None]
 
 
 class Discriminator(nn.Module):

@@ -54,6 +54,21 @@ def test_nearest_neighbours_and_one_channel(size):
         assert sum(isinstance(m, nn.ConvTranspose2d) for m in G.modules()) == 1
 
 
+def test_gains_multiply_the_maps_of_their_class_alone():
+    G = acgan.Generator(image_size=32, ch=4, n_classes=2, class_gain=True).eval()
+    plain = acgan.Generator(image_size=32, ch=4, n_classes=2).eval()
+    gains = [m for m in G.modules() if isinstance(m, acgan.ClassGain)]
+    inner = [m for m in G.net if not isinstance(m, acgan.ClassGain)]
+    for a, b in zip(plain.net, inner, strict=True):
+        a.load_state_dict(b.state_dict())
+    plain.embed.load_state_dict(G.embed.state_dict())
+    z, y = torch.randn(2, 128), torch.tensor([0, 1])
+    assert len(gains) == 3 and torch.equal(G(z, y), plain(z, y))    # all start at 1
+    gains[0].gain.data[1] = 0
+    assert torch.equal(G(z, y)[0], plain(z, y)[0])
+    assert torch.equal(*G(torch.randn(2, 128), torch.tensor([1, 1])))       # times zero: nothing of z is left
+
+
 def test_nearest_neighbours_leave_no_checkerboard():
     """From one constant map the transposed convolution makes a pattern of two pixels, the other form a constant."""
     torch.manual_seed(0)
