@@ -423,7 +423,7 @@ def network(name="inception", weights=None, dims=2048, device=None, precision="f
     """
     name = str(name)
     if name == "inception":
-        return inception(dims, weights, device, precision)
+        return inception(dims=dims, weights=weights, device=device, precision=precision)
     if name == "random":
         return random_networks(device)
     if not name.endswith(".py"):
@@ -1557,7 +1557,7 @@ def _measure(side, label, model, args, resize, ranks):
     keep = args.kid or args.prdc or args.floor or args.copies or side.n <= 2 * model.dims
     progress = None if ranks and ranks.get_rank() else Progress(label, side.n)
     found = _extract(side.images, model, args.batch_size or 50, args.workers, resize, args.skip_bad, keep, progress,
-                     ranks, size=args.size)
+                     ranks, args.size)
     for note in found.notes():
         _say(f"{side.path}: {note}")
     if found.n < 2:

@@ -401,8 +401,7 @@ def choose_features(s):
 def read_generators(files, script, device, as_scored=False):
     """{i: path} -> {i: G_i in eval mode}, and what export.json says of them. UserError if a file changes meanwhile."""
     before = {path.name: okd_train.digest(path) for path in files.values() if path.is_file()}
-    load = functools.partial(okd_train.load_generator, device=device, model=str(script.path), as_scored=as_scored)
-    generators = {i: load(path) for i, path in files.items()}
+    generators = {i: okd_train.load_generator(path, device, str(script.path), as_scored) for i, path in files.items()}
     groups = {f"G{i}": {"file": path.name, "step": okd_train.load_file(path)["step"],
                         "checkpoint": okd_train.digest(path)} for i, path in files.items()}
     if before != {of["file"]: of["checkpoint"] for of in groups.values()}:

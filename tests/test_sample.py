@@ -528,8 +528,12 @@ def test_features_of_a_first_scoring(unscored, tmp_path, capsys, monkeypatch):
     export(unscored, tmp_path / "one", 1, "--group", "best")
     assert "rFD (random features, as there are no Inception weights here): G1" in scored(capsys.readouterr().out)[0]
     monkeypatch.setattr(fid, "find_weights", lambda download: tmp_path)
-    monkeypatch.setattr(fid, "inception", lambda **k: fid.random_networks(k["device"]))
-    monkeypatch.setattr(fid, "frechet_distance", fid.random_distance)
+
+    def inception(**k):
+        model = fid.random_networks(k["device"])
+        model.score = "FID"
+        return model
+    monkeypatch.setattr(fid, "inception", inception)
     export(unscored, tmp_path / "two", 1, "--group", "best")
     assert "real ones, FID: G1" in scored(capsys.readouterr().out)[0]
     monkeypatch.undo()
@@ -778,7 +782,7 @@ def test_the_run_book(runs, tmp_path, monkeypatch):
     for name in ("acgan", "sagan"):
         shutil.copytree(runs / name, tmp_path / f"runs/{name}-3")
     commands = re.findall(r"^    python sample.py (.*?)  +#", sample.__doc__, re.M)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for line in commands:
         shutil.rmtree(tmp_path / "runs/acgan-3/fakes", ignore_errors=True)
         sample.main(re.sub(r"00\b", "", line).split())
