@@ -1,4 +1,4 @@
-"""Look at a run of okd_train.py: samples, scores, curves, interpolation, attention and nearest copies on one HTML page.
+"""Look at a run of okd_train.py: a verdict, samples, scores, curves, attention and nearest copies on one HTML page.
 
     python report.py runs/sagan-3                       # runs/sagan-3/report.html: everything, in one file
     python report.py runs/sagan-3 --curves              # curves.png alone: losses, gammas and scores over the steps
@@ -23,6 +23,7 @@ import io
 import itertools
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -42,6 +43,8 @@ if (HERE / "okd_train.py").is_file():
 PICTURES = {"curves": "curves.png", "interpolate": "interpolate.png", "attention_maps": "attention.png"}
 POINTS = ((0.3, 0.3), (0.45, 0.8), (0.8, 0.45))     # (down, right) in shares of the picture: whose attention is shown
 COPIES = 200                    # fakes per group that are compared with the training images
+COPIED = 0.1                    # share of near copies above the photos' own from which on they are worth a look: about
+                                # two standard errors of such a share of COPIES
 # Okabe and Ito's: told apart by colour-blind people too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 DASHES = (0, 7, 3, 12)          # pixels on and off; 0 is solid
@@ -68,9 +71,20 @@ caption { text-align: left }
 th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 mark { background: var(--mark); color: inherit; padding: 0 .2rem }
-.beside, .many { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)) }
-.many { grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
-@media (max-width: 40rem) { .drawn { overflow-x: auto } .drawn img { max-width: none } }
+.verdict { display: grid; grid-template-columns: max-content 1fr; gap: .6rem 1.5rem; padding: 1rem;
+  border: 1px solid var(--line); border-radius: 6px }
+.verdict dt { color: var(--faint) }
+.verdict dd { margin: 0 }
+code { display: block; overflow-wrap: anywhere; font-size: .85rem }
+.strip { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem; margin: 0 0 .25rem; padding-left: 5.25rem;
+  max-width: 49rem }
+.strip figcaption { flex: 0 0 5rem; margin-left: -5.25rem }
+.strip img { flex: 0 1 24rem; min-width: 0 }
+.many { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
+@media (max-width: 40rem) {
+  .verdict { display: block } .verdict dd { margin-bottom: .8rem }
+  .strip { padding: 0 } .strip figcaption, .strip img { flex-basis: 100%; margin: 0 }
+  .drawn { overflow-x: auto } .drawn img { max-width: none } }
 """
 
 
@@ -89,6 +103,26 @@ class Run:
         return {i: okd_train.load_generator(path, self.device, str(self.script.path)) for i, path in files.items()}
 
     @functools.cached_property
+    def data(self):
+        """The images of the training. UserError where they cannot be had."""
+        images, labels, classes = okd_train.load_data(self.s, self.script.conditional, lambda text: None)
+        data = okd_train.Data(images, labels, classes, self.s, self.device)
+        if data.digest != self.saved["data_digest"]:
+            source = self.s.data or "the synthetic set"
+            raise okd_train.UserError(f"the {len(images)} images of {source} are not those that the run was trained on")
+        return data
+
+    @functools.cached_property
+    def best(self):
+        """(score, step, group): the lowest score of all; None without scores."""
+        found = [(i, okd_train.best_score(self.out, i, self.s.groups)) for i in range(1, self.s.groups + 1)]
+        return min(((score[0], score[1], i) for i, score in found if score), default=None)
+
+    @functools.cached_property
+    def copies(self):
+        return closest(self)
+
+    @functools.cached_property
     def curves(self):
         return curves(self.out, f"{self.name}: {self.s.groups} x {self.script.name}")
 
@@ -105,8 +139,9 @@ class Run:
 def page(run):
     """report.html, complete in itself, as text."""
     sections = [                # in this order; each a function (run -> HTML), left out where it returns nothing
-        ("", introduction),
-        ("Samples", samples),
+        ("", verdict),
+        ("Real and generated", side_by_side),
+        ("On the way", on_the_way),
         ("Scores", scores),
         ("Curves", training_curves),
         ("Between two z", between_two_z),
@@ -128,44 +163,142 @@ def page(run):
         f"<title>{html.escape(run.name)}</title>\n<style>{STYLE}</style></head>\n<body>", *parts, "</body></html>\n"])
 
 
-def introduction(run):
-    s = run.s
-    log = okd_train.read_lines(run.out / "log.jsonl", most=4000)
-    model = run.script.name
-    ring = f"{s.groups} {model} generators in a ring (rho {s.rho:g})" if s.groups > 1 else f"One {model} generator"
+def verdict(run):
+    """What is asked of generated images first, answered in plain words, and what to do next."""
+    s, log = run.s, okd_train.read_lines(run.out / "log.jsonl")
+    step = log[-1]["step"] if log else 0
+    answers = {"Best group": best_group(run), "Labels": labels(run), "Variety": variety(run, log)}
+    answers["Copies"] = copies(run)
+    answers["Next"] = what_next(run, step, {question: short for question, (short, *_) in answers.items()})
+    rows = []
+    for question, (short, text, *commands) in answers.items():
+        lines = "".join(f"<code>{html.escape(command)}</code>" for command in commands)
+        if short:
+            rows.append(f"<dt>{question}</dt><dd><strong>{html.escape(short)}</strong> {html.escape(text)}{lines}</dd>")
+    ring = f"{s.groups} {run.script.name} groups in a ring (rho {s.rho:g})" if s.groups > 1 else run.script.name
     source = f"images of {s.data}" if s.data else "synthetic images of concrete defects"
     if run.classes:
         source += f" in {len(run.classes)} classes ({', '.join(run.classes)})"
     batch = f"{s.batch_size} a step" + (" and group" if s.groups > 1 else "")
-    step = log[-1]["step"] if log else 0
     sentence = (f"{ring} learnt {s.image_size}x{s.image_size} images from {run.saved['images']} {source}, {batch}: "
-                f"step {step} of {s.steps}.")
-    terms = ("A generator (G) turns a row of random numbers, z, into an image. A discriminator (D) learns to tell its "
-             "images from real ones, and the generator learns to make images that D takes for real.")
-    if s.groups > 1:
-        terms += (" A connector (C) does for the images of the next group in the ring what D does for real ones: "
-                  "the groups learn from one another.")
-    return f"<h1>{html.escape(run.name)}</h1>\n<p>{html.escape(sentence)}</p>\n{paragraph(terms)}"
+                f"step {step} of {s.steps}. A group's generator (G) draws the images; its discriminator (D) tells them "
+                "from real ones, its connector (C) from those of the next group.")
+    return "\n".join([f"<h1>{html.escape(run.name)}</h1>", '<dl class="verdict">', *rows, "</dl>", paragraph(sentence)])
 
 
-def samples(run):
-    """The last grid of samples beside real images, and up to five earlier ones."""
-    folder = run.out / "samples"
-    grids = sorted(folder.glob("step_*.png"), key=lambda path: (len(path.name), path.name))     # 1000000 after 999500
-    picks = np.linspace(0, len(grids) - 1, min(6, len(grids))).round().astype(int)
-    *earlier, last = [grids[k] for k in sorted(set(picks))] or [None]
+def best_group(run):
+    """-> (answer in brief, why, commands ...), as all that follow."""
+    if not run.best:
+        command = f"python sample.py {shlex.quote(str(run.out))} 200 --group best"
+        return "Not measured.", "Which group draws best is found by:", command
+    score, step, i = run.best
+    line = next(line for line in okd_train.score_lines(run.out, run.s.groups) if line["step"] == step)
+    name = line.get("score", "score")
+    floor, = column([line], lambda line: line["floor"])
+    floor = f"; fresh photos would read about {floor:.3g}" if np.isfinite(floor) else ""
+    rough = " This measure is rough and may rank wrongly." if name == "rFD" else ""
+    return f"Group {i}, as at step {step}.", f"Its {name} was {score:.3g}, lower is better{floor}.{rough}"
 
-    def step(path):
-        return f"Generated images at step {path.stem[5:].lstrip('0') or '0'}"
-    rows_are = "a row per group and class" if run.classes else "a block of rows per group"
-    about = f"{rows_are}, the same z in each column (weights averaged over the steps)."
-    parts = ['<div class="beside">',
-             stored(last, f"{step(last)}: {about}") if last else paragraph("No sample grid yet."),
-             stored(folder / "real.png", "Real images that were trained on."), "</div>"]
-    if earlier:
-        shown = [stored(path, f"{step(path)}.", width=800) for path in earlier]
-        parts += ["<h3>On the way</h3>", '<div class="many">', *shown, "</div>"]
+
+def labels(run):
+    if not run.classes:
+        return "", ""
+    _, step, i = run.best or (0, 0, 1)
+    lines = [line for line in okd_train.score_lines(run.out, run.s.groups) if okd_train.label_words(line, [i])]
+    if not lines:
+        real, out, to = (shlex.quote(str(path)) for path in (run.s.data or "REAL", run.out, run.out / "check"))
+        commands = f"python sample.py {out} --per-class 100 --group {i} --to {to}", f"python labels.py {real} {to}/G{i}"
+        return "Not measured.", "Whether the images show what their labels say:", *commands
+    line = next((line for line in lines if line["step"] == step), lines[-1])
+    share, most, chance = (line["labels"][k] for k in (f"G{i}", "reals", "chance"))
+    kept = (share - chance) / max(most - chance, 1e-9)
+    short = "They hold." if kept >= 0.9 else "They hold in part." if kept >= 0.5 else "They do not hold."
+    short = "Not told by these features." if most < (1 + chance) / 2 else short
+    return short, (f"Of group {i}'s images at step {line['step']} a classifier names {share:.0%} as labelled, of real "
+                   f"ones that it had not seen {most:.0%}; chance is {chance:.0%}.")
+
+
+def variety(run, log):
+    lines = []
+    for line in log:
+        with contextlib.suppress(KeyError, TypeError):
+            values = [v for group in line["groups"] for v in group["variety"]["pixels"]]
+            lines += [line] if values and all(v is None or 0 <= v < math.inf for v in values) else []
+    if not lines:
+        return "Not measured.", f"Training measures it every {run.s.sample_every} steps (--sample-every)."
+    lost = okd_train.collapsed(*lines[-2:]) if len(lines) > 1 else {}
+    words = [f"group {i}'s images{okd_train.classes_in_words(numbers, run.classes)}" for i, numbers in lost.items()]
+    each = [(v, i, c) for i, group in enumerate(lines[-1]["groups"], 1)
+            for c, v in enumerate(group["variety"]["pixels"]) if v is not None]
+    low, i, c = min(each, default=(1, 1, 0))
+    short = f"Lost: {'; '.join(words)} are nearly one picture." if lost else "Kept." if low >= 0.5 else "Low in places."
+    where = f"group {i}, {run.classes[c]}" if run.classes else f"group {i}"
+    return short, (f"It is least in {where}: two images differ by {low:.0%} of what two real ones do "
+                   f"(step {lines[-1]['step']}).")
+
+
+def copies(run):
+    try:
+        _, (*groups, floor), features = run.copies
+    except okd_train.UserError as e:
+        return "Not measured.", f"{e}."
+    name, share, _ = max(groups, key=lambda row: row[1])
+    short = "Perhaps: look at Closest copies below." if share > floor[1] + COPIED else "No sign of any."
+    rough = ", by rough features" if features == "random" else ""
+    return short, (f"{share:.0%} of the images of group {name[1:]} are nearer to a photo than that is to any other; "
+                   f"among photos themselves it is {floor[1]:.0%}{rough}.")
+
+
+def what_next(run, step, short):
+    """short: {question: answer in brief}."""
+    s, out = run.s, shlex.quote(str(run.out))
+    data = f" --data {shlex.quote(s.data)}" if s.data else ""
+    anew = f"python okd_train.py --model {shlex.quote(run.saved['model'])} --groups {s.groups}{data} --out {out}-2"
+    if short["Variety"].startswith("Lost"):
+        rates = f"--g-lr {s.g_lr / 2:g} --d-lr {s.d_lr / 2:g}"
+        return "Start anew", "at half the rates, or with more photos:", f"{anew} {rates}"
+    if step < s.steps:
+        return "Train on:", f"it is at step {step} of {s.steps}.", f"python okd_train.py --out {out} --resume"
+    if short["Labels"].startswith("They do not") and s.recipe is None and "small" in run.script.recipes:
+        return "Start anew", "with the recipe for a few thousand photos:", f"{anew} --recipe small"
+    count = "--per-class 200" if run.classes else "1000"
+    take = f"python sample.py {out} {count} --group best --to made/"
+    return "Look", "at the rows below: are the images what they should be? Then take more of them:", take
+
+
+def side_by_side(run):
+    """Rows of real images, and below them of each group's, class by class; the same z in every row."""
+    try:
+        generators = run.generators
+    except okd_train.UserError as e:
+        return paragraph(f"{e}.")
+    s, real, parts = run.s, None, []
+    try:
+        real = run.data
+        order = okd_train.draw(s.seed, 0, 0, "real grid", "permutation", len(real.images))          # as in real.png
+    except okd_train.UserError as e:
+        parts += [paragraph(f"{e}."), stored(run.out / "samples" / "real.png", "Real images that were trained on.")]
+    step = okd_train.step_of(run.out / "G1.pt")
+    parts.append(paragraph(f"Generated images at step {step}, weights averaged over the steps, beside real images."))
+    z = okd_train.draw(s.seed, 0, 0, "grid", "normal", (10 if run.classes else 20, s.z_dim))        # as in the grids
+    for c, name in enumerate(run.classes[:10] or [None]):
+        parts += [f"<h3>{html.escape(name)}</h3>"] if name else []
+        if real:
+            mine = order[real.labels.cpu()[order] == c] if name else order
+            parts.append(strip("real", okd_train.to_hwc(real.images[mine[:len(z)]])))
+        y = torch.full((len(z),), c) if name else None
+        parts += [strip(f"G{i}", okd_train.generate(G, z, y)) for i, G in generators.items()]
     return "\n".join(parts)
+
+
+def on_the_way(run):
+    """Up to six of the sample grids that were saved."""
+    grids = (run.out / "samples").glob("step_*.png")
+    grids = sorted(grids, key=lambda path: (len(path.name), path.name))                 # 1000000 after 999500
+    picks = sorted(set(np.linspace(0, len(grids) - 1, min(6, len(grids))).round().astype(int)))
+    step = lambda path: path.stem[5:].lstrip("0") or "0"
+    shown = [stored(grids[k], f"Step {step(grids[k])}.", width=800) for k in picks]
+    return f'<div class="many">{"".join(shown)}</div>' if shown else ""
 
 
 def scores(run):
@@ -199,7 +332,7 @@ def scores(run):
 
 
 def training_curves(run):
-    about = "Losses, attention weights and scores over the steps, a panel per quantity, a colour per group."
+    about = "What the log and the scores have, over the steps: a panel per quantity, a colour per group."
     return drawn(run, "curves", about, "PNG")
 
 
@@ -215,7 +348,7 @@ def attention(run):
 
 def closest_copies(run):
     try:
-        sheet, rows, features = closest(run)
+        blocks, rows, features = run.copies
     except okd_train.UserError as e:
         return paragraph(f"Not compared with the training images: {e}.")
     about = (f"Of {COPIES} generated images per group the ten that are closest to a training image, "
@@ -223,7 +356,8 @@ def closest_copies(run):
     copied = ("Copied: nearer to its nearest real image than that one is to any other real image, "
               f"in {features} features. Fresh images of the same kind count too: compare with the floor, not with 0.")
     head = ("", "share copied", "smallest distance")
-    return picture(sheet, about) + paragraph(copied) + table("Copies", head, rows)
+    strips = [strip(f"{name}, real", *pair) for name, *pair in blocks]
+    return "\n".join([paragraph(about), *strips, paragraph(copied), table("Copies", head, rows)])
 
 
 def settings(run):
@@ -241,9 +375,10 @@ def settings(run):
 
 # ---------------------------------------------------------------------------------------------- HTML
 def drawn(run, name, about, kind="JPEG"):
-    """A picture of the run as HTML, or the line that says why there is none."""
+    """A picture of the run as HTML, "" where there is nothing to draw, or the line that says why there is none."""
     try:
-        return f'<div class="drawn">{picture(getattr(run, name), about, kind)}</div>'     # a phone scrolls it sideways
+        image = getattr(run, name)                                  # a phone scrolls it sideways
+        return f'<div class="drawn">{picture(image, about, kind)}</div>' if image else ""
     except okd_train.UserError as e:
         return paragraph(f"{e}.")
 
@@ -258,14 +393,30 @@ def stored(path, about, width=4000):
     return picture(image, about, width=width)
 
 
+def strip(name, *rows):
+    """Rows of images, uint8 (n, H, W, 3) each, above one another as HTML: five to a picture, so that they fold."""
+    columns, zoom, parts = 5, max(1, 64 // rows[0].shape[1]), []
+    for k in range(0, len(rows[0]), columns):
+        tiles = [row[k:k + columns].repeat(zoom, 1).repeat(zoom, 2) for row in rows]
+        tiles = [np.pad(a, ((0, columns - len(a)), (1, 1), (1, 1), (0, 0)), constant_values=255) for a in tiles]
+        sheet = np.concatenate([np.concatenate(a, axis=1) for a in tiles])
+        parts.append(tag(Image.fromarray(sheet), f"{name}, {k + 1} to {min(k + columns, len(rows[0]))}", width=800))
+    return f'<figure class="strip"><figcaption>{html.escape(name)}</figcaption>{"".join(parts)}</figure>'
+
+
 def picture(image, about, kind="JPEG", width=4000):
+    """An image with words below it as HTML."""
+    return f"<figure>{tag(image, about, kind, width)}<figcaption>{html.escape(about)}</figcaption></figure>"
+
+
+def tag(image, about, kind="JPEG", width=4000):
     """An image as HTML: it travels inside the page, at most `width` pixels wide."""
     f, image = io.BytesIO(), image.convert("RGB")
     image.thumbnail((width, 20000))
     image.save(f, kind, **(dict(quality=88, subsampling=0) if kind == "JPEG" else dict(optimize=True)))
-    data, about = base64.b64encode(f.getvalue()).decode(), html.escape(about)
-    return (f'<figure><img src="data:image/{kind.lower()};base64,{data}" width="{image.width}" height="{image.height}" '
-            f'alt="{about}"><figcaption>{about}</figcaption></figure>')
+    data = base64.b64encode(f.getvalue()).decode()
+    return (f'<img src="data:image/{kind.lower()};base64,{data}" width="{image.width}" height="{image.height}" '
+            f'alt="{html.escape(about)}">')
 
 
 def paragraph(text):
@@ -552,7 +703,10 @@ def between(a, b, k):
 
 # ---------------------------------------------------------------------------------------------- attention
 def attention_maps(run):
-    """Three images of every G and where POINTS look in each, a row per attention layer of G and its D -> picture."""
+    """Three images of every G and where POINTS look in each, a row per attention layer of G and its D -> picture.
+
+    None without such layers.
+    """
     s, script, generators, n, blocks = run.s, run.script, run.generators, 3, []
     z = okd_train.draw(s.seed, 0, 0, "grid", "normal", (n, s.z_dim)).to(run.device)
     y = (torch.arange(n, device=run.device) % s.n_classes,) if script.conditional else ()
@@ -575,8 +729,7 @@ def attention_maps(run):
             tiles = [tile(image, p) for image, looks in zip(images, maps.numpy()) for p in (None, *looks)]
             blocks.append((f"G{i}  {net}  {name}  {maps.shape[2]}x{maps.shape[3]}{weight}", np.stack(tiles)))
     if not blocks:
-        wanted = "attention_map(x) (B, C, H, W) -> (B, H*W, H*W)"
-        raise okd_train.UserError(f"no layer of {script.path.name} offers {wanted}: no attention to draw")
+        return None
     words = ("Three images, and where the positions 1, 2, 3 look in each: from grey (nowhere) over red to yellow "
              "(most). peak: the most that one place gets,\nin units of an equal share for all. "
              "A layer returns gamma x attention + input: near gamma 0 its attention hardly matters yet.")
@@ -639,16 +792,13 @@ def tile(image, weights=None, size=96):
 def closest(run):
     """The 10 fakes of every group that are closest to a training image, each above that image.
 
-    -> (picture, rows [(group, share of COPIES fakes that look copied, smallest distance)], kind of features); the last
-    row is a part of the real images against the others. UserError where the images of the training cannot be had.
+    -> ([(group, fakes, reals), uint8 (10, H, W, 3) each], [(group, share of COPIES fakes that look copied, smallest
+    distance)], kind of features); the last share and distance are of real images, a part against the others. UserError
+    where the images of the training cannot be had.
     """
     s, generators = run.s, run.generators
     fid = okd_train.beside("fid", "the comparison with the training images")
-    images, labels, classes = okd_train.load_data(s, run.script.conditional, lambda text: None)
-    data = okd_train.Data(images, labels, classes, s, run.device)
-    if data.digest != run.saved["data_digest"]:
-        source = s.data or "the synthetic set"
-        raise okd_train.UserError(f"the {len(images)} images of {source} are not those that the run was trained on")
+    data, classes = run.data, run.classes
     kind = s.fid_features if s.fid_every else "inception"
     if kind == "inception":
         try:
@@ -658,7 +808,7 @@ def closest(run):
     ours = argparse.Namespace(**{**vars(s), "fid_data": None, "fid_features": kind})
     scorer = okd_train.Scores(ours, data, run.device)
     fakes, kind = f"{len(generators)} x {COPIES} fakes", scorer.model.name
-    print(f"Comparing {fakes} with the {len(images)} training images, {kind} features.", flush=True)
+    print(f"Comparing {fakes} with the {len(data.images)} training images, {kind} features.", flush=True)
     rows, blocks = [], []
     try:
         real, _ = scorer.real(run.out)
@@ -669,14 +819,14 @@ def closest(run):
             index, distance, share = fid.copies(real, scorer.features(fakes))
             order = np.argsort(distance)[:10]
             nearest = okd_train.to_hwc(data.images[torch.from_numpy(index[order])])
-            blocks.append((f"G{i}, real", np.concatenate([fakes[order], nearest])))
+            blocks.append((f"G{i}", fakes[order], nearest))
             rows.append((f"G{i}", share, float(distance.min())))
         found = [fid.copies(real[a], real[b]) for a, b in fid.parts(len(real), COPIES)]
     except fid.FidError as e:
         raise okd_train.UserError(str(e)) from e
     share, nearest = np.mean([(share, distance.min()) for _, distance, share in found], axis=0)
     rows.append(("floor: real images against other real ones", float(share), float(nearest)))
-    return okd_train.grid(blocks, len(order)), rows, kind
+    return blocks, rows, kind
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -706,8 +856,11 @@ def draw(argv):
     run = Run(a.run, a.device, a.model, a.interpolate or 10)
     wanted = [name for name in PICTURES if getattr(a, name)]
     for name in wanted:
-        path = run.out / PICTURES[name]
-        okd_train.save_image(getattr(run, name), path)
+        path, image = run.out / PICTURES[name], getattr(run, name)
+        if image is None:
+            wanted = "attention_map(x) (B, C, H, W) -> (B, H*W, H*W)"
+            raise okd_train.UserError(f"no layer of {run.script.path.name} offers {wanted}: no attention to draw")
+        okd_train.save_image(image, path)
         print(f"Wrote {path}.", flush=True)
     if a.page or not wanted:
         path, text = run.out / "report.html", page(run)

@@ -1,5 +1,6 @@
 """report.py: curves, interpolation, attention maps, nearest copies, report.html; exact where a picture can be exact."""
 import base64
+import html
 import html.parser
 import io
 import json
@@ -498,11 +499,13 @@ def test_report_of_a_run(sagan_run):
     before = {p.name: p.read_bytes() for p in sagan_run.iterdir() if p.suffix in (".pt", ".json", ".jsonl", ".npz")}
     draw(sagan_run, "--page")
     page, words = read_page(sagan_run)
-    assert len(list(page.images())) == 4 + 1 + 4  # 4 grids, real, curves, interpolation, attention, copies
-    assert "2 sagan generators in a ring (rho 0.5) learnt 32x32 images from 16 images of" in words
+    # Strips of five of 16 real ones and twice 20 generated, 4 grids, curves, interpolation, attention, twice 10 copies
+    assert len(list(page.images())) == 3 * 4 + 4 + 3 + 2 * 2
+    assert "2 sagan groups in a ring (rho 0.5) learnt 32x32 images from 16 images of" in words
     assert "step 4 of 4" in words and "a&b <i>" in words
     headings = re.findall("<h2>(.*?)</h2>", (sagan_run / "report.html").read_text())
-    assert headings == ["Samples", "Scores", "Curves", "Between two z", "Attention", "Closest copies", "Settings"]
+    assert headings == ["Real and generated", "On the way", "Scores", "Curves", "Between two z", "Attention",
+                        "Closest copies", "Settings"]
     assert words.count("none in") == 0 and "floor: real images against other real ones" in words
     scores = [json.loads(line) for line in (sagan_run / "fid.jsonl").read_text().splitlines()]
     for k in ("G1", "G2", "mean", "union", "floor"):
@@ -521,8 +524,72 @@ def test_report_escapes_what_comes_from_outside(acgan_run):
     draw(acgan_run, "--page")
     page, words = read_page(acgan_run)
     assert "2 classes (<b>Crack, Rust)" in words and not {"b", "i"} & {tag for tag, _ in page.tags}
-    assert "no layer of acgan.py offers attention_map" in words
-    assert len(list(page.images())) == 2 + 1 + 3
+    assert "ttention" not in words.split("Real and generated")[1]   # there is no such layer
+    # In each class 8 real and twice 10 generated, 2 grids, curves, interpolation, twice 10 copies
+    assert len(list(page.images())) == 2 * 3 * 2 + 2 + 2 + 2 * 2
+    assert re.findall("<h3>(.*?)</h3>", (acgan_run / "report.html").read_text()) == ["&lt;b&gt;Crack", "Rust"]
+
+
+def answers(out):
+    """The verdict of report.html: {question: text with the commands}, and the page's own order."""
+    text = (out / "report.html").read_text("utf-8")
+    rows = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", text.split("</dl>")[0])
+    assert text.index("<h1>") < text.index("<dl") < text.index("<h2>")
+    return {question: html.unescape(re.sub("<[^>]*>", " ", text)) for question, text in rows}
+
+
+def a_score(step, labels=None, **more):
+    return {"step": step, "score": "FID", "G1": 50.0 + step, "G2": 40.0 + step, "floor": 9.5, **more,
+            **({"labels": {"G1": 0.9, "G2": labels, "reals": 0.95, "chance": 0.5}} if labels else {})}
+
+
+def pictures_of(*steps):
+    """Lines of log.jsonl: [(step, G1's variety of two classes, G2's)]."""
+    return [{"step": step, "every": 1, "groups": [{"variety": {"pixels": list(v)}} for v in groups]}
+            for step, *groups in steps]
+
+
+def tell(out, monkeypatch, shares, scores=(), log=()):
+    """The verdict where the copies' shares of G1, G2 and the floor are these."""
+    rows = [(name, share, 0.1) for name, share in zip(("G1", "G2", "floor"), shares)]
+    monkeypatch.setattr(report, "closest", lambda run: ([], rows, "inception"))
+    for name, lines in (("fid.jsonl", scores), ("log.jsonl", log)):
+        (out / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw(out)
+    return answers(out)
+
+
+def test_the_verdict(acgan_run, tmp_path, monkeypatch):
+    out = shutil.copytree(acgan_run, tmp_path / "my run")
+    sound = pictures_of((1, (0.9, 1.1), (0.8, 0.7)), (2, (0.9, 1.1), (0.8, 0.75)))
+    told = tell(out, monkeypatch, (0.3, 0.35, 0.4), [a_score(1, 0.92), a_score(2, 0.6)], sound)
+    assert list(told) == ["Best group", "Labels", "Variety", "Copies", "Next"]
+    assert "Group 2, as at step 1." in told["Best group"] and "FID was 41, lower" in told["Best group"]
+    assert "about 9.5" in told["Best group"] and "rough" not in told["Best group"]
+    assert "They hold." in told["Labels"] and "names 92% as labelled" in told["Labels"] and "95%" in told["Labels"]
+    assert "Kept." in told["Variety"] and "group 2, Rust: two images differ by 75%" in told["Variety"]
+    assert "No sign" in told["Copies"] and "35% of the images of group 2" in told["Copies"] and "40%" in told["Copies"]
+    assert f"python sample.py '{out}' --per-class 200 --group best --to made/" in told["Next"]
+
+    thin = pictures_of((1, (0.9, 0.4), (0.01, 0.8)), (2, (0.9, 0.4), (0.01, 0.8)))
+    told = tell(out, monkeypatch, (0.3, 0.51, 0.4), [a_score(2, 0.52, score="rFD")], thin)
+    assert "They do not hold." in told["Labels"] and "rough" in told["Best group"]
+    assert "Lost: group 2's images of <b>Crack are nearly one picture." in told["Variety"]
+    assert "Perhaps" in told["Copies"] and "51%" in told["Copies"]
+    assert "Start anew" in told["Next"] and "--g-lr 5e-05 --d-lr 0.0002" in told["Next"]
+    told = tell(out, monkeypatch, (0.3, 0.51, 0.4), [a_score(2, 0.52)], [thin[0], {"step": 2, "groups": [{}, {}]}])
+    assert "Low in places." in told["Variety"] and "--recipe small" in told["Next"]
+    told = tell(out, monkeypatch, (0, 0, 0), [a_score(2, 0.75)], [{"step": 1, "groups": 5}, *sound[:1]])
+    assert "They hold in part." in told["Labels"] and "Train on" in told["Next"] and "--resume" in told["Next"]
+
+
+def test_what_was_never_measured_is_said_with_the_command(acgan_run, tmp_path, monkeypatch):
+    out = shutil.copytree(acgan_run, tmp_path / "run")
+    told = tell(out, monkeypatch, (0, 0, 0))
+    assert [told[q].count("Not measured.") for q in ("Best group", "Labels", "Variety")] == [1, 1, 1]
+    assert f"python sample.py {out} 200 --group best" in told["Best group"]
+    assert f"python sample.py {out} --per-class 100 --group 1 --to {out / 'check'}" in told["Labels"]
+    assert f"<i>' {out / 'check'}/G1" in told["Labels"] and "(--sample-every)" in told["Variety"]
 
 
 def test_six_grids_are_spread_over_the_run(copied):
@@ -530,7 +597,7 @@ def test_six_grids_are_spread_over_the_run(copied):
         Image.new("RGB", (80, 80), (k % 256, 0, 0)).save(copied / "samples" / f"step_{k:06d}.png")
     draw(copied, "--page")
     page, words = read_page(copied)
-    assert re.findall(r"Generated images at step (\d+)", words) == ["1000000", "1", "9", "17", "24", "32"]
+    assert re.findall(r"Step (\d+)\.", words) == ["1", "9", "17", "24", "32", "1000000"]
 
 
 def test_report_says_what_is_missing(copied, capsys):
@@ -542,15 +609,15 @@ def test_report_says_what_is_missing(copied, capsys):
     (copied / "args.json").write_text(json.dumps(args))
     draw(copied, "--page")
     page, words = read_page(copied)
-    assert len(list(page.images())) == 2                                            # interpolation, attention
-    for text in ("No sample grid yet", "real.png cannot be shown", "log.jsonl has no line yet",
+    assert len(list(page.images())) == 2 * 4 + 2                    # generated ones, interpolation, attention
+    for text in ("real.png cannot be shown", "log.jsonl has no line yet",
                  "--data gone/<u>: no such folder", "step 0 of 4"):
         assert text in words, text
     (copied / "G1.pt").unlink()
     (copied / "checkpoint.pt").write_bytes(b"cut")
     draw(copied, "--page")
     page, words = read_page(copied)
-    assert not list(page.images()) and words.count("G1.pt: no such file") == 3
+    assert not list(page.images()) and words.count("G1.pt: no such file") == 3 + 2
     assert "G1.pt: no such file" in refused(capsys, copied, "--interpolate")
 
 
@@ -564,7 +631,7 @@ def test_report_does_not_compare_with_other_images(copied, photos, tmp_path):
     draw(copied, "--page")
     page, words = read_page(copied)
     assert "are not those that the run was trained on" in words and "real.png cannot be shown" in words
-    assert len(list(page.images())) == 4 + 3
+    assert len(list(page.images())) == 2 * 4 + 4 + 3
 
 
 def test_a_copying_generator_is_found(copied, monkeypatch):
@@ -575,11 +642,9 @@ def test_a_copying_generator_is_found(copied, monkeypatch):
     noisy = torch.randint(0, 256, (190, 3, 32, 32), dtype=torch.uint8)
     fakes = torch.cat([noisy, images[torch.randperm(16)[:10]]])
     monkeypatch.setattr(okd_train, "generate", lambda G, z, y=None: fakes.permute(0, 2, 3, 1).numpy())
-    sheet, rows, kind = report.closest(run)
+    ((_, *pair),), rows, kind = report.closest(run)
     assert rows[0][0] == "G1" and rows[0][1] >= 0.05 and rows[0][2] < 1e-3 < rows[1][2] and kind == "random"
-    a, left = np.asarray(sheet), sheet.width - 660
-    assert sheet.height == 2 * 66 + 2
-    assert (a[2:66, left:left + 660] == a[68:132, left:left + 660]).all()           # each above its real image
+    assert pair[0].shape == (10, 32, 32, 3) and np.array_equal(*pair)               # each above its real image
 
 
 # ---------------------------------------------------------------------------------------------- flags
