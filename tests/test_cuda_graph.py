@@ -21,6 +21,8 @@ from test_okd_train import ENV, OTHER, TINY, assert_same, checkpoint, differs, f
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SMALL = ["--recipe", "small", "--channels", "1"]
+
 CUDA = torch.cuda.is_available()
 
 
@@ -106,7 +108,8 @@ def run_both(a, b, steps):
 @pytest.mark.parametrize("argv", [
     ["--groups", "3"], ["--groups", "1", "--n-critic", "2"], ["--groups", "2", "--n-critic", "2", "--flip"],
     ["--model", "acgan", "--groups", "2", "--flip"], ["--model", "acgan", "--groups", "2", "--loss", "wgan-gp"],
-    ["--groups", "2", "--loss", "hinge", "--rho", "0"]])
+    ["--groups", "2", "--loss", "hinge", "--rho", "0"],
+    ["--groups", "2", *SMALL], ["--model", "acgan", "--groups", "2", *SMALL]])
 def test_twenty_steps_are_those_of_the_eager_loop(argv, recorded):
     a, b = recorded(*argv, *TINY), eager(*argv, *TINY)
     run_both(a, b, 20)
@@ -473,7 +476,8 @@ def test_bf16_keeps_the_penalty_and_the_spectral_norm_in_fp32(monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [["--groups", "2"], ["--model", "acgan", "--groups", "2"],
-                                  ["--model", "acgan", "--groups", "2", "--loss", "wgan-gp"]])
+                                  ["--model", "acgan", "--groups", "2", "--loss", "wgan-gp"],
+                                  ["--groups", "2", *SMALL], ["--model", "acgan", "--groups", "2", *SMALL]])
 def test_bf16_is_near_fp32(argv):
     a, b = eager(*argv, *TINY), eager(*argv, "--precision", "bf16", *TINY)
     x, y = values(a.step()), values(b.step())
