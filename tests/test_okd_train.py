@@ -923,6 +923,11 @@ def test_scores_in_features_of_ones_own(photos, tmp_path, capsys):
     sheet, rows, name = report.closest(report.Run(tmp_path / "run", "cpu"))
     words = report.scores(report.Run(tmp_path / "run", "cpu"))
     assert name == "pooled-4" and len(rows) == 3 and "FD (pooled-4) at 1 steps" in words and "Inception" not in words
+    s, script, _ = okd_train.read_run(tmp_path / "run")
+    s.fid_samples = 31                                              # another number of fakes has another floor
+    data = okd_train.Data(*okd_train.load_data(s, False, print), s, torch.device("cpu"))
+    scored, floor = okd_train.Scores(s, data, torch.device("cpu")).real(tmp_path / "run")
+    assert floor == pytest.approx(fid.floor(scored, 31)) != (line["floor"], line["floor_spread"])
     cached = np.load(tmp_path / "run/real_features.npz")["features"]
     own.write_text(OWN_FEATURES.replace("x.mean((2, 3))", "2 * x.mean((2, 3))"))
     report.closest(report.Run(tmp_path / "run", "cpu"))
