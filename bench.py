@@ -665,9 +665,11 @@ def check_data(plan):
         yield "FAIL", "data", (f"{s.data}: {plan.script.name} needs every image in one of two or more class folders; "
                                f"there are {len(classes - {None})}")
 
+    rule = fid.Rule(s.range and tuple(s.range), bool(s.range), s.upright)
+
     def small(path):
         try:
-            fid.read_square(path, size)
+            fid.read_square(path, size, rule)
             with Image.open(path) as im:
                 return min(im.size) < size
         except Exception:

@@ -12,7 +12,9 @@
     torchrun --nproc_per_node 4 fid.py REAL FAKE     # the images are shared out over the ranks
 
 Scores go to stdout, everything else to stderr. A folder is read flat; one with no image directly in it is read
-recursively (class folders). Weights (95 MB) come from --weights, $FID_WEIGHTS or torch.hub's folder, else from the net.
+recursively (class folders). Of a file of several frames the first is read; of transparent pixels, the colour stored
+beneath; of colours of 16 bits the upper 8, as Pillow gives no more. Weights (95 MB) come from --weights, $FID_WEIGHTS
+or torch.hub's folder, else from the net.
 
 Library:
 
@@ -34,6 +36,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import socket
@@ -43,13 +46,12 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 # torch, scipy and Pillow are imported where they are used: --help and every mistake in the arguments answer at once.
 
-IMAGE_TYPES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")   # whatever a name says; none starts programs
 DIMS = (2048, 768, 192, 64)     # width of the pooled layer, last to first
 PRECISIONS = ("fp32", "tf32", "bf16")
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
@@ -796,38 +798,63 @@ def _cudnn_precision(device, value):
 
 
 # ---------------------------------------------------------------------------------------------- images
-def class_images(folder):
+# The words that name parts of a data set, and those that name what is drawn over photos.
+SPLIT = re.compile("(train(ing)?|val(id|idation)?|dev|test(ing)?)([ _-]?(set|data|images?|20[0-9][0-9]))?", re.I)
+MASK = "masks?|labels?|gt|ground[ _-]?truths?"
+MASK_FOLDER = re.compile(f".*[ _-]masks|{MASK}|annotations?|segmentation.*", re.I)
+MASK_FILE = re.compile(f"(.+)[ _.-]({MASK}|seg|segmentation)([ _-]?[0-9]+)?", re.I)
+FEW = 16                        # colours of a mask at most
+
+
+def class_images(folder, say=None):
     """All images below `folder`, sorted, as [(path, class or None), ...]; class = the first folder below `folder`.
 
-    Hidden files and folders (.name, __MACOSX) are not taken; a dead link is, so that reading names it.
-    FidError for what is no folder or cannot be read, for no images, and where only train, val, ... are at the top.
+    Hidden files and folders (.name, __MACOSX) are not taken; a dead link is, so that reading names it. say(line) is
+    told which types of images are not read. FidError for what is no folder or cannot be read, for no images, and where
+    train, test, ... stand in the place of classes.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FidError(f"{folder}: " + (f"{folder} is a file; a folder is needed" if folder.is_file() else
                                         "this is no folder" if folder.exists() else "no such folder"))
     found = []
-    for path in sorted(_all_images(folder)):
+    for path in sorted(_all_images(folder, say)):
         parts = path.relative_to(folder).parts
         found.append((path, parts[0] if len(parts) > 1 else None))
-    tops = sorted({c or "." for _, c in found})
-    if set(tops) <= {"train", "val", "valid", "test"}:
-        raise FidError(f"{folder} holds only {', '.join(tops)}; name one of them, such as {folder / tops[0]}")
+    tops = {c or "." for _, c in found}
+    splits = _splits(tops)
+    if splits:
+        only = "only " if tops == set(splits) else ""
+        raise FidError(f"{folder} holds {only}{', '.join(splits)}; name one of them, such as {folder / splits[0]}: "
+                       "the parts of a data set are no classes, and are not to be mixed")
     return found
 
 
-def find_images(folder):
+def find_images(folder, say=None):
     """Sorted paths of the images directly in `folder`; where there is none, of those below it (class folders).
 
-    Returns (paths, number below that were left out, whether the search went below). Which files are taken: as
-    class_images(). FidError for a folder that is missing, unreadable or empty.
+    Returns (paths, number below that were left out, whether the search went below). Which files are taken, and say: as
+    class_images(); parts of a data set are told, not refused: a score against all of them is one, too. FidError for a
+    folder that is missing, unreadable or empty.
     """
-    images = _all_images(folder)
+    images = _all_images(folder, say)
     direct = [path for path in images if path.parent == Path(folder)]
-    return (direct, len(images) - len(direct), False) if direct else (images, 0, True)
+    if direct:
+        return direct, len(images) - len(direct), False
+    splits = _splits({path.relative_to(folder).parts[0] for path in images})
+    if splits and say:
+        say(f"{folder}: {', '.join(splits)} in it are read as one set; name one of them to score against it alone")
+    return images, 0, True
 
 
-def _all_images(folder):
+def _splits(tops):
+    """Those of a set of folder names that are parts of a data set, train before others; none where one stands among
+    classes: train is a vehicle, too."""
+    found = sorted((name for name in tops if SPLIT.fullmatch(name)), key=lambda n: (n[:5].lower() != "train", n))
+    return found if len(found) > 1 or len(found) == len(tops) else []
+
+
+def _all_images(folder, say=None):
     """Paths of all images below `folder`, by name, those of a folder before those of the folders in it."""
     images, others = [], []
 
@@ -848,17 +875,113 @@ def _all_images(folder):
                 walk(e.path, above | {real})
 
     walk(folder, frozenset())
+    accepted = " ".join(t[1:] for t in IMAGE_TYPES)
+    types = collections.Counter(path.suffix.lower()[1:] for path in others if path.name.lower().endswith(UNREAD_TYPES))
+    unread = ", ".join(f"{n} {suffix}" for suffix, n in sorted(types.items()))
     if not images:
-        accepted = " ".join(t[1:] for t in IMAGE_TYPES)
-        raise FidError(f"{folder}: no images in it or below; accepted are {accepted}; {len(others)} other files")
+        raise FidError(f"{folder}: no images in it or below; accepted are {accepted}; {len(others)} other files"
+                       f"{f', of them images of types that are not read: {unread}' if unread else ''}")
+    if unread and say:
+        say(f"{folder}: not read, as their type is not: {unread} (accepted are {accepted})")
     return images
 
 
-def read_square(path, size):
-    """(uint8 array (3, size, size) RGB, whether it was resized): the centre square, antialiased. As read_image()."""
-    image, _ = _rgb(path)
+class Rule(NamedTuple):
+    """How the files of one set become pixels; made by rule_for()."""
+
+    limits: tuple = None        # what is black and what is white in images of more than 8 bits; None: each file's own
+    declared: bool = False      # by the user, not found
+    upright: bool = False       # turn photos as their EXIF says
+    masks: tuple = ()           # files that are masks, by their names
+    twins: frozenset = frozenset()      # files that share their stem with another: one of them may be a mask
+
+
+def rule_for(paths, limits=None, upright=False):
+    """The one Rule for all files of a set, to be handed to read_image() or read_square().
+
+    limits: (low, high), the numbers that are black and white in images of 16 bits, 32 bits or floats. None: found by a
+    first pass over those, the least usual range (8, 10, 12, 14, 16 bits; floats also [0, 1] and [-1, 1]) that holds
+    the numbers of all. Images of 8 bits are not decoded for that, and read as they are. FidError where the set holds
+    integers and floats.
+    """
+    masks = _masks_by_name(paths)
+    photos = set(paths).difference(masks)
+    count = collections.Counter(map(_stem, photos))
+    twins = frozenset(p for p in photos if count[_stem(p)] > 1)
+    declared = limits is not None
+    blocks = [paths[k:k + 50] for k in range(0, 0 if declared else len(paths), 50)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        extents = [e for found in pool.map(lambda block: list(map(_extent, block)), blocks) for e in found if e]
+    try:
+        return Rule(usual_range(extents) if extents else limits, declared, upright, masks, twins)
+    except NoRange as e:
+        raise FidError(str(e)) from None
+
+
+def checked_range(limits):
+    """--range as a tuple; None if it was not given. FidError unless the first number is below the second."""
+    if limits and not (math.isfinite(sum(limits)) and limits[0] < limits[1]):
+        raise FidError(f"--range {limits[0]:g} {limits[1]:g}: the first number must be below the second")
+    return limits and tuple(limits)
+
+
+def _stem(path):
+    return os.path.splitext(os.path.basename(path))[0].casefold()
+
+
+def _extent(path):
+    """extent() of a file of more than 8 bits; None of others, and of files that reading will name as bad."""
+    try:
+        with open(path if os.path.isfile(path) else os.devnull, "rb") as f:
+            head = f.read(25)                   # most need no second look: a PNG's depth is its byte 24
+        if head[:2] in (b"", b"\xff\xd8", b"BM", b"GI", b"RI") or head[1:4] == b"PNG" and head[24] <= 8:
+            return None
+        with _opened(path) as im:
+            found = extent(im) if is_deep(im) else None
+            usual_range([found] if found else [(0, 0, False)])
+            return found
+    except Exception:                           # as in _rgb()
+        return None
+
+
+def _masks_by_name(paths):
+    """Those paths that lie in a folder called masks or so beside others, or are called a_mask beside a."""
+    folders = {os.path.dirname(p): os.path.abspath(os.path.dirname(p)) for p in paths}
+    root = os.path.commonpath(folders.values()) if folders else ""
+    named = {f: any(map(MASK_FOLDER.fullmatch, os.path.relpath(full, root).split(os.sep)))
+             for f, full in folders.items()}
+    stems = {os.path.splitext(p)[0] for p in paths}
+
+    def is_mask(path):
+        match = MASK_FILE.fullmatch(os.path.splitext(os.path.basename(path))[0])
+        return named[os.path.dirname(path)] or match and os.path.join(os.path.dirname(path), match[1]) in stems
+
+    return tuple(filter(is_mask, paths))
+
+
+def rule_notes(rule, odds):
+    """Lines for the user on a set that was read: odds holds the second result of read_image() or read_square()."""
+    together, twins = collections.defaultdict(list), collections.defaultdict(set)
+    for odd in odds:
+        for what, value in odd.items():
+            together[what].append(value)
+    for stem, few in together["twin"]:
+        twins[stem].add(few)
+    flat = sum(few and len(twins[stem]) == 2 for stem, few in together["twin"])
+    yield from reading_notes(together, rule.limits, rule.declared, rule.upright)
+    if rule.masks or flat:
+        such = f", such as {rule.masks[0]}" if rule.masks else f" (at most {FEW} colours, and the name of a photo)"
+        yield (f"warning: {len(rule.masks) + flat} of the images look like masks and no photos{such}; "
+               "keep them out of the folder")
+
+
+def read_square(path, size, rule=Rule()):
+    """(uint8 array (3, size, size) RGB, what is odd about it): the centre square, antialiased. As read_image();
+    odd also has "resized" where it was."""
+    image, odd = _rgb(path, rule)
     square = centre_square(image, size)
-    return np.asarray(square).transpose(2, 0, 1), square is not image
+    odd.update({} if square is image else {"resized": True})
+    return np.asarray(square).transpose(2, 0, 1), odd
 
 
 def centre_square(image, size):
@@ -872,45 +995,147 @@ def centre_square(image, size):
     return image.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
 
 
-def read_image(path):
-    """(uint8 array (H, W, 3) RGB, whether it had more than 8 bits). FidError names the file and the reason."""
-    image, deep = _rgb(path)
-    return np.asarray(image), deep
+def read_image(path, rule=Rule()):
+    """(uint8 array (H, W, 3) RGB, a dict of what is odd about the file: see examine() and rule_notes()).
 
-
-def _rgb(path):
-    """(Pillow image in mode RGB, whether it had more than 8 bits): the one rule by which a file becomes pixels.
-
-    Alpha is dropped and EXIF orientation ignored, as FID programs do. FidError names the file and the reason.
+    Alpha is dropped and the first of several frames taken, as FID programs do. FidError names the file and the reason.
     """
-    from PIL import Image
+    image, odd = _rgb(path, rule)
+    return np.asarray(image), odd
+
+
+def _rgb(path, rule):
+    """(Pillow image in mode RGB, what is odd about it): the one rule by which a file becomes pixels."""
     try:
-        if not os.path.isfile(path) and os.path.exists(path):       # a pipe would block, a device may have no end
-            raise ValueError("no regular file")
-        Image.init()
-        with Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN]) as im:
-            if Image.MAX_IMAGE_PIXELS and im.width * im.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{im.width}x{im.height} pixels, a decompression bomb?")
-            deep = im.mode.startswith(("I", "F"))
-            return (Image.fromarray(_eight_bits(np.asarray(im))) if deep else im).convert("RGB"), deep
+        with _opened(path) as im:
+            limits, odd = examine(im, rule.limits, rule.declared)
+            image = to_rgb(im, limits, odd.get("turned") if rule.upright else None)
+            if path in rule.twins:
+                odd["twin"] = _stem(path), image.getcolors(FEW) is not None
+            return image, odd
     except Exception as e:                      # Pillow's decoders raise OSError, SyntaxError, struct.error and others
         foreign = type(e).__name__ == "UnidentifiedImageError"
         reason = "not an image" if foreign else " ".join(str(e).split())[:200] or type(e).__name__
         raise FidError(f"{path} ({reason})") from None
 
 
-def _eight_bits(v):
-    """Pixels of 16 bits or floats -> uint8, where Pillow would clip what is above 255 to white."""
+def _opened(path):
+    from PIL import Image
+    if not os.path.isfile(path) and os.path.exists(path):           # a pipe would block, a device may have no end
+        raise ValueError("no regular file")
+    Image.init()
+    im = Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
+    if Image.MAX_IMAGE_PIXELS and im.width * im.height > Image.MAX_IMAGE_PIXELS:
+        im.close()
+        raise ValueError(f"{im.width}x{im.height} pixels, a decompression bomb?")
+    return im
+
+
+# ---------------------------------------------------------------------------------------------- pixels
+# From here to the next line across, fid.py and crop_codebrim.py are the same: each can be copied alone.
+IMAGE_TYPES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+UNREAD_TYPES = (".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".j2k",
+                ".jp2", ".jxl", ".nef", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga")     # named, not read
+FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")   # whatever a name says; none starts programs
+RANGES = ((0, 1), (-1, 1), *((0, 2 ** bits - 1) for bits in (8, 10, 12, 14, 16)))    # the first two are for floats
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}                      # EXIF orientation: PIL's Image.Transpose
+FAR = 50                                        # per cent of white that the brightest pixel of a set should reach
+
+
+class NoRange(ValueError):
+    """Numbers of which nobody can say what is black and what is white."""
+
+
+def is_deep(im):
+    return im.mode.startswith(("I", "F"))
+
+
+def extent(im):
+    """(least, most, whether floats) of the numbers of a Pillow image of more than 8 bits."""
+    v = np.asarray(im)
+    if not np.isfinite(v).all():
+        raise NoRange("pixels that are not finite")
+    return v.min().item(), v.max().item(), v.dtype.kind == "f"
+
+
+def usual_range(extents):
+    """The least of RANGES that holds all these extents; a little more is overshoot where they are floats."""
+    least, most, floats = min(e[0] for e in extents), max(e[1] for e in extents), {e[2] for e in extents}
+    if len(floats) > 1:
+        raise NoRange("images of whole numbers and of floats in one set: convert some, or give --range LOW HIGH")
+    for low, high in RANGES[0 if True in floats else 2:]:
+        slack = min(high - low, 255) / 5 if True in floats else 0
+        if low - slack <= least and most <= high + slack:
+            return low, high
+    raise NoRange(f"pixels from {least:g} to {most:g}, outside 0..65535; save it with 8 or 16 bits, or give "
+                  "--range LOW HIGH")
+
+
+def examine(im, limits=None, declared=False):
+    """Load an opened file -> (limits to read it by, {what is odd about it: how bright it is, or how it is turned}).
+
+    limits: what is black and white in its set, None for the file's own; declared: by the user. Raises NoRange, and what
+    Pillow's decoders raise.
+    """
+    odd = {"several": 1} if im.format != "MPO" and getattr(im, "is_animated", False) else {}
+    wide = ";16" in str(im.tile)                # of colours: Pillow keeps their upper 8 bits, and no longer says so
+    im.load()
+    if is_deep(im):
+        own = extent(im)
+        fitting = limits if declared else usual_range([own])
+        limits = limits or fitting
+        odd["deep"] = (own[1] - limits[0]) / (limits[1] - limits[0])
+    elif wide:
+        odd["wide"] = max(high for band, (_, high) in zip(im.getbands(), im.getextrema()) if band != "A") / 255
+    if im.has_transparency_data and not is_deep(im):
+        alpha = (im if "A" in im.getbands() else im.convert("RGBA")).getchannel("A")
+        odd.update({"transparent": 1} if alpha.getextrema()[0] < 255 else {})
+    try:
+        odd.update({"turned": TURNS[k] for k in [im.getexif().get(0x0112)] if k in TURNS})
+    except Exception:                           # EXIF that is damaged turns nothing
+        pass
+    return limits, odd
+
+
+def to_rgb(im, limits=None, turn=None):
+    """A loaded Pillow image, or a crop of it, in mode RGB: limits as of examine(), turn as of its "turned"."""
+    from PIL import Image
+    if is_deep(im):
+        im = Image.fromarray(eight_bits(np.asarray(im), *limits))
+    return im.convert("RGB") if turn is None else im.convert("RGB").transpose(turn)
+
+
+def eight_bits(v, low, high):
+    """Numbers -> uint8, low to 0 and high to 255; of whole numbers in 256 equal parts, so that v * 257 and v << 8, both
+    ways in which 8 bits are made 16, come back as v."""
     if v.dtype.kind == "f":
-        if not np.isfinite(v).all():
-            raise ValueError("float pixels that are not finite")
-        v = v * 255 if v.max() <= 1 else v      # of [0, 1], else of [0, 255]
-        return np.rint(v.clip(0, 255)).astype(np.uint8)
-    if v.min() < 0 or v.max() > 65535:
-        raise ValueError("32-bit pixels outside 0..65535; save it with 8 or 16 bits")
-    return (v >> 8).astype(np.uint8)            # inverts both ways in which 8 bits are made 16: v * 257 and v << 8
+        return np.rint((v - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+    low, high = math.floor(low), math.ceil(high)
+    v = v.astype(np.int32 if max(-low, high) < 2 ** 22 else np.int64).clip(low, high)
+    return ((v - low) * 256 // (high - low)).clip(0, 255).astype(np.uint8)
 
 
+def reading_notes(odd, limits, declared, upright):
+    """Lines for the user: odd {what: a list with what examine() said of each image}, the rest as there."""
+    texts = dict(deep="have 16 bits or floats", wide="have 16 bits per colour, of which Pillow reads the upper 8",
+                 turned="are turned upright, as their EXIF says" if upright else
+                        "are read as they are stored, though their EXIF says turned (--upright turns them)",
+                 several="hold several pages or frames, of which the first is read",
+                 transparent="have transparent pixels, which are read in the colour stored beneath")
+    cure = dict(deep="--range LOW HIGH says what is black and white", wide="save them with 8 bits")
+    if limits and odd.get("deep"):
+        texts["deep"] += f": {limits[0]:g} is read as black, {limits[1]:g} as white (other programs clip them)"
+    for what, text in texts.items():
+        if odd.get(what):
+            yield f"{len(odd[what])} images {text}"
+            percent = 100 * max(odd[what])
+            if what in cure and not FAR <= percent <= 125:
+                yield f"warning: the brightest pixel of them all reaches {percent:.3g} % of white; {cure[what]}"
+    if declared and not odd.get("deep"):
+        yield "--range has no effect: no image has more than 8 bits"
+
+
+# ---------------------------------------------------------------------------------------------- arrays
 def load_array(path):
     """uint8 (n, H, W, 3): the images of an .npz file that has them as arr_0, in either layout; None of other files.
 
@@ -966,7 +1191,7 @@ def _channels_last_array(images):
 
 # ---------------------------------------------------------------------------------------------- from images to features
 def features(images, weights=None, dims=2048, batch_size=50, workers=None, device=None, resize="torch",
-             features="inception", precision="fp32", model=None, skip_bad=False):
+             features="inception", precision="fp32", model=None, skip_bad=False, limits=None, upright=False):
     """Features (n, d) float32, a numpy array in the order of the images; batch_size and workers do not matter to them.
 
     images: a folder, an .npz file with images (arr_0), a list of paths, or a uint8 array or tensor (n, H, W, 3) or
@@ -976,6 +1201,7 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
     resize: "torch" (bilinear to 299, no antialias, as pytorch-fid) or "clean" (bicubic with antialias, as clean-fid).
     model: what network() returned, to load it once; then weights, dims, device, features and precision are its own;
     any callable with size, dims and device will do. workers: decoding threads, None for min(8, CPUs).
+    limits, upright: of rule_for(), where files are read.
     Raises FidError (a ValueError) for what the user can mend; bad files are all named, or left out with a warning if
     skip_bad.
     """
@@ -996,14 +1222,15 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
         model = network(features, weights, dims, device, precision)
     if resize != "torch" and model.size != _Inception.size:
         raise FidError("resize clean is a way to the 299 pixels of the Inception network: it does not apply")
-    found = _extract(images, model, batch_size, workers, resize, skip_bad)
+    rule = rule_for(images, limits, upright) if isinstance(images, list) else Rule()
+    found = _extract(images, model, batch_size, workers, resize, skip_bad, rule=rule)
     for note in found.notes():
         warnings.warn(note, stacklevel=2)
     return found.features
 
 
 def _extract(images, model, batch_size=50, workers=None, resize="torch", skip_bad=False, keep=True, progress=None,
-             ranks=None, size=None):
+             ranks=None, size=None, rule=Rule()):
     """One pass over a list of paths or an array of images: batch b on rank b % W, the whole result on every rank.
 
     size: of the centre square that is taken of each image before all else; None for the whole image as it is.
@@ -1014,10 +1241,10 @@ def _extract(images, model, batch_size=50, workers=None, resize="torch", skip_ba
 
     def read(item):
         try:
-            image, deep = (images[item], False) if array else read_image(item)
+            image, odd = (images[item], {}) if array else read_image(item, rule)
             if size and image.shape[:2] != (size, size):
                 image = np.asarray(centre_square(Image.fromarray(image), size))
-            return (_clean_resize(image) if resize == "clean" else image), deep
+            return (_clean_resize(image) if resize == "clean" else image), odd
         except FidError as e:
             return e
 
@@ -1029,7 +1256,7 @@ def _extract(images, model, batch_size=50, workers=None, resize="torch", skip_ba
     if array and resize != "clean" and not size:
         workers = 0                             # there is nothing to decode
     stream = _decoded(itertools.chain.from_iterable(batches), read, workers, batch_size)
-    found, batches = _Extracted(len(items), model.dims, keep), iter(batches)
+    found, batches = _Extracted(len(items), model.dims, keep, rule), iter(batches)
     for _ in starts[::world]:
         batch = next(batches, [])
         part = _Part(batch, itertools.islice(stream, len(batch)))
@@ -1059,7 +1286,7 @@ class _Part:
         good = [(item, *result) for item, result in pairs if not isinstance(result, FidError)]
         self.seen, self.bad = len(pairs), [str(result) for _, result in pairs if isinstance(result, FidError)]
         self.files, self.images = [item for item, _, _ in good], [image for _, image, _ in good]
-        self.deep, self.sizes = sum(deep for _, _, deep in good), {tuple(image.shape[:2]) for _, image, _ in good}
+        self.odd, self.sizes = [odd for *_, odd in good if odd], {tuple(image.shape[:2]) for _, image, _ in good}
         self.rows = self.error = None
 
     def run(self, model, batch_size):
@@ -1081,11 +1308,11 @@ class _Part:
 class _Extracted:
     """What one pass leaves: features (n, d) float32, or moments where only sums are kept, and the files it read."""
 
-    def __init__(self, total, dims, keep):
+    def __init__(self, total, dims, keep, rule):
         self.features = np.empty((total, dims), np.float32) if keep else None
         self.moments = None if keep else _Moments()
-        self.n, self.total, self.seen, self.deep = 0, total, 0, 0
-        self.files, self.bad, self.sizes = [], [], set()
+        self.n, self.total, self.seen, self.rule = 0, total, 0, rule
+        self.files, self.bad, self.odd, self.sizes = [], [], [], set()
         self.waiting = []                       # small batches: the moments of 50 rows cost as much as those of 2048
 
     def add(self, part):
@@ -1093,7 +1320,7 @@ class _Extracted:
             raise FidError(part.error)
         self.seen += part.seen
         self.bad += part.bad
-        self.deep += part.deep
+        self.odd += part.odd
         self.sizes |= part.sizes
         if part.rows is None:
             return
@@ -1117,8 +1344,7 @@ class _Extracted:
         """What the user should know of the images, in words."""
         if self.bad:
             yield f"{len(self.bad)} of {self.total} images cannot be read and are left out: {', '.join(self.bad)}"
-        if self.deep:
-            yield f"{self.deep} images have 16 bits or floats and were brought to 8 bits (other programs clip them)"
+        yield from rule_notes(self.rule, self.odd)
 
 
 def _decoded(items, read, workers, batch_size):
@@ -1351,6 +1577,7 @@ def _parser():
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--save", metavar="NPZ", help="write mu and sigma of the one folder given; never overwrites")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    reading_flags(add)
     add("--weights", help="Inception weights (default: $FID_WEIGHTS, torch.hub's folder, else downloaded)")
     add("--dims", type=int, choices=DIMS,
         help="layer of the network (default 2048); readings of different dims do not compare")
@@ -1364,6 +1591,16 @@ def _parser():
     return p
 
 
+def reading_flags(add):
+    """--range and --upright, which rule_for() takes, for a parser's add_argument."""
+    add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="the numbers that are black and white in images of 16 bits, 32 bits or floats (default: per folder, the "
+             "least usual range that holds all its numbers: 8, 10, 12, 14, 16 bits, floats also [0, 1] and [-1, 1])")
+    add("--upright", action="store_true",
+        help="turn photos as their EXIF says (default: as they are stored, as other FID programs read them; TIFF files "
+             "Pillow turns by itself)")
+
+
 def _arguments(argv):
     argv = [re.sub("^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv]
     args = _parser().parse_intermixed_args(argv)
@@ -1371,6 +1608,7 @@ def _arguments(argv):
                         ("--weights", args.weights), ("--copies", args.copies), ("--save", args.save)]:
         if value == "":
             raise FidError(f"{name} is empty")
+    args.range = checked_range(args.range)
     args.own = None                             # digest of the network, where it is a user's
     if args.features != "inception":
         for flag in ("dims", "weights", "resize", "precision", *["save"] * (args.features == "random")):
@@ -1391,6 +1629,7 @@ class _Side:
     """One set of images: path, n, sizes; features (n, d) or statistics (mu, sigma), whichever were kept."""
     path = n = sizes = features = statistics = None
     images = None                               # list of files, or array (n, H, W, 3)
+    rule = Rule()                               # by which those files are read
     said = None                                 # what an .npz of statistics says of itself
     both = False                                # an .npz file that holds images and statistics
     own = None                                  # of REAL: squared distance (n,) of every image to its nearest other
@@ -1403,7 +1642,7 @@ class _Side:
         return str(self.images[k]) if isinstance(self.images, list) else f"{self.path}#{k}"
 
     def pixels(self, k):
-        return read_image(self.images[k])[0] if isinstance(self.images, list) else self.images[k]
+        return read_image(self.images[k], self.rule)[0] if isinstance(self.images, list) else self.images[k]
 
     def sums(self):
         if self.statistics is None:
@@ -1420,7 +1659,7 @@ def _side(path, use=None):
     """The side that a folder or an .npz file is, its images found but not yet read. use: of what a file holds both."""
     side = _Side(path=Path(path))
     if side.path.is_dir():
-        side.images, below, recursive = find_images(side.path)
+        side.images, below, recursive = find_images(side.path, _say)
         if recursive:
             _say(f"{path}: no image directly in it, {len(side.images)} found in the folders below")
         elif below:
@@ -1452,7 +1691,8 @@ def _same_size(args, sides):
 
     Random networks take the images as they are: a score across sizes would tell of the sizes alone.
     """
-    real, *fakes = [_first_size(s) for s in sides]
+    rule = Rule(args.range, args.range is not None, args.upright)
+    real, *fakes = [_first_size(s, rule) for s in sides]
     if args.size or not real or len(set(fakes)) != 1 or fakes[0] in (None, real) or fakes[0][0] != fakes[0][1]:
         return
     n = fakes[0][0]
@@ -1464,14 +1704,14 @@ def _same_size(args, sides):
         _say(f"{differ}, which raises the score; --size {n} reads all as okd_train.py does, the centre square, resized")
 
 
-def _first_size(side):
+def _first_size(side, rule):
     """(width, height) of the first image of a side; None of statistics, and of what reading will name as bad."""
     if side.images is None:
         return None
     if not isinstance(side.images, list):
         return side.images.shape[2], side.images.shape[1]
     try:
-        image, _ = read_image(side.images[0])
+        image, _ = read_image(side.images[0], rule)
         return image.shape[1], image.shape[0]
     except FidError:
         return None
@@ -1501,7 +1741,7 @@ def _check(args, sides, own=None):
                            f"the others with {args.own or 'inception'}")
     if args.use and not any(s.both for s in sides):
         raise FidError("--use has no meaning here: no .npz file holds both images (arr_0) and statistics (mu, sigma)")
-    for flag in ("weights", "device", "precision", "batch-size", "workers", "skip-bad", "size"):
+    for flag in ("weights", "device", "precision", "batch-size", "workers", "skip-bad", "size", "range", "upright"):
         if not folders and not own and getattr(args, flag.replace("-", "_")) not in (None, False):
             raise FidError(f"--{flag} has no meaning where all sides are .npz files of statistics")
     if args.floor and real.n < 4:
@@ -1544,6 +1784,10 @@ def _read(args, sides, dims, resize, world, own=None):
             if not s.said:
                 label = "real" if not i else f"fake {i} of {len(sides) - 1}" if len(sides) > 2 else "fake"
                 _measure(s, label, model, args, resize, ranks)
+        ranges = sorted({s.rule.limits for s in sides if s.rule.limits})
+        if len(ranges) > 1:
+            _say(f"warning: the sides are read by different ranges, {' and '.join(map(str, ranges))}: where their "
+                 "numbers mean the same, give --range LOW HIGH")
         if ranks:
             ranks.barrier()                     # nobody takes the group down while another still receives
     finally:
@@ -1555,9 +1799,11 @@ def _read(args, sides, dims, resize, world, own=None):
 def _measure(side, label, model, args, resize, ranks):
     """One pass over a folder; the features are kept only where something needs them."""
     keep = args.kid or args.prdc or args.floor or args.copies or side.n <= 2 * model.dims
+    if isinstance(side.images, list):
+        side.rule = rule_for(side.images, args.range, args.upright)
     progress = None if ranks and ranks.get_rank() else Progress(label, side.n)
     found = _extract(side.images, model, args.batch_size or 50, args.workers, resize, args.skip_bad, keep, progress,
-                     ranks, args.size)
+                     ranks, args.size, side.rule)
     for note in found.notes():
         _say(f"{side.path}: {note}")
     if found.n < 2:

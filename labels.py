@@ -194,7 +194,7 @@ def by_class(named, labels, n_classes):
 # ---------------------------------------------------------------------------------------------- folders
 def class_folder(folder):
     """(paths, labels (n,), class names) of a folder of class folders. FidError where it is none, or too small."""
-    files = fid.class_images(folder)
+    files = fid.class_images(folder, say)
     loose = [path for path, c in files if c is None]
     if loose:
         raise fid.FidError(f"{folder}: {len(loose)} images outside class folders, such as {loose[0]}; "
@@ -230,27 +230,29 @@ def photos_of(folder, paths, labels, classes):
     return photos
 
 
-def read(name, paths, size, model):
+def read(name, paths, size, model, rule):
     """(features (n, d), number of images that were resized) of files, each brought to (size, size). FidError."""
     def one(path):
         try:
-            return fid.read_square(path, size)
+            return fid.read_square(path, size, rule)
         except fid.FidError as e:
             return str(e)
 
-    rows, bad, resized, progress = [], [], 0, fid.Progress(name, len(paths))
+    rows, bad, odds, progress = [], [], [], fid.Progress(name, len(paths))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:   # Pillow decodes outside the interpreter's lock
         for k in range(0, len(paths), CHUNK):
             found = list(pool.map(one, paths[k:k + CHUNK]))
             bad += [text for text in found if isinstance(text, str)]
             if not bad:                                             # else the rest is only read, to name all such
-                resized += sum(bool(odd) for _, odd in found)
+                odds += [odd for _, odd in found]
                 images = np.stack([image for image, _ in found])
                 rows.append(fid.features(images, model=model))
             progress(k + len(found))
     if bad:
         raise fid.FidError(f"{len(bad)} of {len(paths)} images cannot be read: {', '.join(bad)}; remove them")
-    return np.concatenate(rows), resized
+    for note in fid.rule_notes(rule, odds):
+        say(f"{name}: {note}")
+    return np.concatenate(rows), sum("resized" in odd for odd in odds)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -264,14 +266,15 @@ def run(argv):
     if os.path.samefile(args.real, args.fake):
         raise fid.FidError(f"{args.real} and {args.fake} are one folder: its labels would be compared with themselves")
     photos = photos_of(args.real, paths, y, classes)
-    size = min(fid.read_image(fake_paths[0])[0].shape[:2])
+    rules = [fid.rule_for(files, args.range, args.upright) for files in (paths, fake_paths)]
+    size = min(fid.read_image(fake_paths[0], rules[1])[0].shape[:2])
     try:
         model = fid.network(args.features, device=args.device)
     except fid.FidError as e:
         way_out = "; --features random needs no weights, for a rough look" if args.features == "inception" else ""
         raise fid.FidError(f"{e}{way_out}") from None
-    (real, resized), (fake, _) = (read(name, files, size, model)
-                                  for name, files in (("real", paths), ("fake", fake_paths)))
+    (real, resized), (fake, _) = (read(name, files, size, model, rule)
+                                  for name, files, rule in zip(("real", "fake"), (paths, fake_paths), rules))
     found = labels_hold(real, y, fake, fake_y, photos)
     helped = [does_it_help(real, y, fake, fake_y, photos, k) for k in SHOTS]
     if args.json:
@@ -325,9 +328,11 @@ def arguments(argv):
     add("fake", metavar="FAKE", help="likewise with generated images; the same classes")
     add("--features", default="inception", metavar="inception|random|FILE.py",
         help="what the classifier sees, as for fid.py")
+    fid.reading_flags(add)
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     args = p.parse_intermixed_args(argv)
+    args.range = fid.checked_range(args.range)
     for name, value in vars(args).items():
         if value == "":
             raise fid.FidError(f"{name.upper() if name in ('real', 'fake') else f'--{name}'} is empty")

@@ -807,7 +807,9 @@ def augment(x, flip):
 def load_data(s, conditional, say):
     """--data, or the built-in set -> images uint8 (n, 3, size, size), labels int64 (n,), classes (see load_folder)."""
     if s.data:
-        return load_folder(s.data, s.image_size, conditional, s.skip_bad, say)
+        *loaded, limits = read_folder(s.data, s.image_size, conditional, s.skip_bad, say, s.range, s.upright)
+        s.range = limits and list(limits)               # kept with the run: scores and --resume read by the same rule
+        return tuple(loaded)
     try:
         synthetic = beside("synthetic", "training without --data")
     except ImportError as e:                                        # it needs another file itself
@@ -817,14 +819,23 @@ def load_data(s, conditional, say):
     return images, torch.from_numpy(np.asarray(labels, np.int64)), list(classes) if conditional else []
 
 
-def load_folder(folder, size, conditional, skip_bad, say):
-    """Decode a folder once -> images uint8 (n, 3, size, size), labels int64 (n,), class names.
+def load_folder(*args, **kwargs):
+    """What read_folder() does, without the range."""
+    return read_folder(*args, **kwargs)[:3]
 
-    The names are sorted, and [] unless conditional. say(text) is told what was resized or skipped. UserError names
-    every bad file, or what is wrong with the classes.
+
+def read_folder(folder, size, conditional, skip_bad, say, limits=None, upright=False):
+    """Decode a folder once -> images uint8 (n, 3, size, size), labels int64 (n,), class names, range.
+
+    The names are sorted, and [] unless conditional. limits, the range and upright: as fid.rule_for(). say(text) is told
+    what was resized or skipped, and what is odd. UserError names every bad file, or what is wrong with the classes.
     """
     fid = beside("fid", "reading images")
-    files, classes = class_files(folder, conditional)
+    files, classes = class_files(folder, conditional, say)
+    try:
+        rule = fid.rule_for([path for path, _ in files], limits and tuple(limits), upright)
+    except fid.FidError as e:
+        raise UserError(f"--data {folder}: {e}") from None
     try:
         images = np.empty((len(files), 3, size, size), np.uint8)
     except MemoryError:
@@ -834,8 +845,8 @@ def load_folder(folder, size, conditional, skip_bad, say):
 
     def one(k):
         try:
-            images[k], resized = fid.read_square(files[k][0], size)
-            return resized
+            images[k], odd = fid.read_square(files[k][0], size, rule)
+            return odd
         except fid.FidError as e:
             return str(e)
 
@@ -856,10 +867,13 @@ def load_folder(folder, size, conditional, skip_bad, say):
         if empty:
             raise UserError(f"--data {folder}: no image of {', '.join(empty)} can be read: mend them, or take the "
                             "class folder away")
-    resized = sum(r is True for r in results)
+    odds = [r for r in results if isinstance(r, dict)]
+    resized = sum("resized" in odd for odd in odds)
     if resized:
         say(f"{resized} of {len(images)} images were cut to their centre square and resized to {size}x{size}.")
-    return torch.from_numpy(images), torch.from_numpy(labels), classes
+    for note in fid.rule_notes(rule, odds):
+        say(f"{folder}: {note}.")
+    return torch.from_numpy(images), torch.from_numpy(labels), classes, rule.limits
 
 
 def first_of(complaints, most=20):
@@ -871,11 +885,11 @@ def first_of(complaints, most=20):
     return f"{'; '.join(complaints[:most])}; and so on, all are in {f.name}"
 
 
-def class_files(folder, conditional):
+def class_files(folder, conditional, say=None):
     """All images below `folder` as [(path, class or None)], and the sorted classes ([] if none are needed)."""
     fid = beside("fid", "reading images")
     try:
-        files = fid.class_images(folder)
+        files = fid.class_images(folder, say)
     except fid.FidError as e:
         raise UserError(f"--data {e}") from None
     if not conditional:
@@ -906,6 +920,7 @@ def shared_data(s, script, named, device, ranks, say):
                                 f"(--batch-size {s.batch_size})")
     if ranks.world > 1:
         images, labels, classes = ranks.spread(loaded)
+        s.range = ranks.first(s.range)
     if script.conditional:
         s.n_classes = len(classes)
     return Data(images, labels, classes, s, device)
@@ -1734,7 +1749,8 @@ class Scores:
         known = bool(data.classes)
         if s.fid_data:
             known = known and {c for _, c in class_files(s.fid_data, False)[0]} == set(data.classes)
-            self.images, self.labels, _ = load_folder(s.fid_data, s.image_size, known, s.skip_bad, lambda text: None)
+            self.images, self.labels, _ = load_folder(s.fid_data, s.image_size, known, s.skip_bad, lambda text: None,
+                                                      s.range, s.upright)
             self.of = digest(self.images.numpy(), 16)
         self.judge, self.judges = None, self.find_judges(known)
         try:
@@ -1854,7 +1870,7 @@ LIMITS = dict(
     fid_samples=(4, 10 ** 7),
     rho=(0, None), g_lr=(0, None), d_lr=(0, None), c_lr=(0, None), beta1=(0, 0.999999), beta2=(0, 0.999999))
 NONE_BY_DEFAULT = dict(data=str, recipe=str, epochs=float, max_seconds=float, device=str, precision=str,
-                       fid_every=int, fid_samples=int, fid_data=str)
+                       fid_every=int, fid_samples=int, fid_data=str, range=list)
 MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device",
               "nproc", "cuda_graph", "precision", "data", "fid_data"}       # on --resume; open_run looks at the pixels
 NOT_KEPT = {"resume", "out", "model", "nproc"}                      # in args.json: they belong to one start
@@ -1902,7 +1918,8 @@ def trainer_flags(p):
         help="number of GANs in the ring (default 3; 1 is the plain baseline)")
     add("--data", metavar="DIR",
         help="folder of images, searched recursively; class = first folder below (default: a small synthetic set). Any "
-             "size, colour mode and depth: cut to the centre square, resized once")
+             "size, colour mode and depth: cut to the centre square, resized once; transparent pixels are read in the "
+             "colour stored beneath, the first of several frames")
     add("--out", metavar="DIR", help="run folder (default runs/MODEL-GROUPS)")
     add("--resume", action="store_true", help="go on with the run in --out; settings not named come from it")
     add("--steps", type=int, default=50000, help="training steps in all (default 50000, the paper's)")
@@ -1923,6 +1940,11 @@ def trainer_flags(p):
     add("--flip", action=argparse.BooleanOptionalAction, default=False,
         help="mirror real images at random (default no)")
     add("--skip-bad", action="store_true", help="leave unreadable images out and say how many")
+    add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="the numbers that are black and white in images of 16 bits, 32 bits or floats (default: the least usual "
+             "range that holds those of all images; kept with the run)")
+    add("--upright", action="store_true",
+        help="turn photos as their EXIF says (default: as they are stored; TIFF files Pillow turns by itself)")
     add("--log-every", type=int, default=10, metavar="K", help="steps between lines of log.jsonl (default 10)")
     add("--sample-every", type=int, default=500, metavar="K", help="steps between sample grids (default 500)")
     add("--save-every", type=int, default=500, metavar="K", help="steps between checkpoints (default 500)")
@@ -2032,6 +2054,8 @@ def fault(name, value):
         return "is empty"
     if isinstance(value, str) and "\0" in value:
         return "holds a null character"
+    if name == "range" and value is not None and not is_range(value):
+        return f"is {value}; it must be two numbers, the first below the second"
     if isinstance(value, float) and not math.isfinite(value):
         return f"is {value}; it must be finite"
     if low is not None and value < low:
@@ -2039,6 +2063,11 @@ def fault(name, value):
     if high is not None and value > high:
         return f"is {value}; it must be at most {high}"
     return ""
+
+
+def is_range(value):
+    numbers = [v for v in value if isinstance(v, (int, float)) and math.isfinite(v)]
+    return len(numbers) == len(value) == 2 and value[0] < value[1]
 
 
 def take_settings(s, script, named):

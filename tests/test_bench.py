@@ -399,7 +399,7 @@ def test_check_says_what_is_missing(case, what, words, photos, finished, tmp_pat
 
 def test_check_opens_a_part_of_many_images(photos, monkeypatch):
     found = fid.class_images(photos) * 100
-    monkeypatch.setattr(fid, "class_images", lambda folder: found)
+    monkeypatch.setattr(fid, "class_images", lambda folder, say=None: found)
     s, script, _ = okd_train.parse(["--data", str(photos), *TINY])
     plan = bench.Plan(s, script, torch.device("cpu"), None)
     (state, _, text), = bench.check_data(plan)

@@ -299,8 +299,8 @@ def test_an_image_that_vanishes_between_listing_and_decoding(photos, tmp_path, c
     shutil.copytree(photos, tmp_path / "data")
     found = fid.class_images
 
-    def class_images(folder):
-        files = found(folder)
+    def class_images(folder, say=None):
+        files = found(folder, say)
         (tmp_path / "data" / "Crack" / "3.png").unlink(missing_ok=True)
         return files
     monkeypatch.setattr(fid, "class_images", class_images)

@@ -1001,7 +1001,9 @@ def test_every_kind_of_image_becomes_rgb_of_the_asked_size(tmp_path):
     images, labels, classes = okd_train.load_folder(tmp_path, 20, False, False, said.append)
     assert images.shape == (6, 3, 20, 20) and images.dtype == torch.uint8 and classes == []
     assert labels.tolist() == [0] * 6
-    assert len(said) == 1 and "6 of 6 images" in said[0]
+    assert len(said) == 2 and "6 of 6 images" in said[0]
+    assert said[1] == f"{tmp_path}: 1 images have 16 bits or floats: 0 is read as black, 65535 as white " \
+                      "(other programs clip them)."
     by_name = dict(zip(sorted(p.name for p in tmp_path.iterdir()), images))
     assert torch.equal(by_name["deep.png"], by_name["grey.PNG"])    # scaled, not clipped
     assert abs(by_name["alpha.png"].int() - by_name["palette.png"].int()).float().mean() < 8
