@@ -11,11 +11,13 @@ else from its <name>. Written are crops/<class>/<photo>_<box>_<x>_<y>.png, crops
 every crop, and skipped.csv with all that could not be used. The folder appears whole or not at all, the photos are
 never written to, and the same seed gives the same bytes. okd_train.py trains on the folder as it is.
 
-Boxes are 1-based, inclusive, in stored pixels: EXIF orientation is ignored, as CODEBRIM's annotators did. If you
-labelled photos that your viewer turns by EXIF, turn the files first. Left out, counted and named, never guessed:
+Boxes are 1-based, inclusive, in stored pixels: EXIF orientation is ignored, as CODEBRIM's annotators did, in crops too
+unless --upright turns them after the cut. If you labelled photos that your viewer turns by EXIF, turn the files first.
+Files are read as fid.py and okd_train.py read them: of several frames the first, of transparent pixels the colour
+stored beneath, of colours of 16 bits the upper 8, as Pillow gives no more. Left out, counted and named, never guessed:
 boxes that end before they begin, lie outside the photo, have no class or flag; photos that are truncated, empty,
-smaller than a crop, too large for Pillow's limit or of another size than their XML says; XML with a DOCTYPE. A run
-killed with SIGKILL leaves a hidden folder .crops.*.partial beside the target; delete it.
+smaller than a crop, too large for Pillow's limit, of a type that is not read or of another size than their XML says;
+XML with a DOCTYPE. A run killed with SIGKILL leaves a hidden folder .crops.*.partial beside the target; delete it.
 
 With --split, train on one part and score against another that shares no photo with it:
 
@@ -53,8 +55,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 BACKGROUND = "Background"
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP")         # of these suffixes; none that starts other programs
 MAX_XML = 16 * 2 ** 20                                          # bytes; CODEBRIM's largest annotation is about 30 kB
 COLUMNS = ["file", "photo", "box", "x", "y", "side"]            # then one column per flag, then class and split
 CHOICES = {"window": ("native", "box"), "label": ("rarest", "single", "random"), "small": ("around", "skip")}
@@ -119,8 +119,9 @@ def crop_folder(source, target, sheet=None, **choices):
     photos, skipped = read_annotations(source)
     started = time.monotonic()
     with whole_or_not(target) as work:
-        rows, made = [], set()
-        for row, image in crops(photos, skipped=skipped, progress=Progress("photos, {} crops"), **choices):
+        rows, made, notes = [], set(), []
+        progress = Progress("photos, {} crops")
+        for row, image in crops(photos, skipped=skipped, progress=progress, notes=notes, **choices):
             path = work / row["file"]
             if path.parent not in made:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,12 +137,13 @@ def crop_folder(source, target, sheet=None, **choices):
             kind = "PNG" if Path(sheet).suffix.lower() == ".png" else "JPEG"
             draw_sheet(work, rows, len(image)).save(part, format=kind)
             os.replace(part, sheet)
+    print("\n".join(notes), end="\n" * bool(notes))
     print_table(rows, skipped, choices.get("split"))
     print(f"{len(rows)} crops in {target}, {time.monotonic() - started:.1f} s")
 
 
 def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", balance=False, background=0, small="around",
-          split=None, workers=1, skipped=None, progress=None):
+          split=None, workers=1, skipped=None, progress=None, limits=None, upright=False, notes=None):
     """Yield (row, image) for n crops of boxes and `background` windows that touch no box.
 
     photos: what read_annotations gave, or a folder. row: dict with file (name below the output folder), photo, box
@@ -152,8 +154,10 @@ def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", bala
     to size; boxes with a side under size as in native). label: "rarest", "single", "random". small: "around", "skip".
     split: {name: share}, by photo. All windows are distinct in (photo, x, y). The result depends on seed and data
     only, not on workers. skipped: a list that gets a Skip for everything left out. progress: called with (photos
-    done, photos in all, crops done). Raises CropError, possibly after the first crops if damaged photos leave too few
-    windows, and ValueError for bad arguments.
+    done, photos in all, crops done). limits: (low, high), the numbers that are black and white in photos of 16 bits,
+    32 bits or floats; None: the least usual range that holds those of all. upright: turn crops as the EXIF of their
+    photo says. notes: a list that gets lines on what is odd about the photos. Raises CropError, possibly after the
+    first crops if damaged photos leave too few windows, and ValueError for bad arguments.
     """
     for name, value in (("window", window), ("label", label), ("small", small)):
         if value not in CHOICES[name]:
@@ -169,8 +173,10 @@ def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", bala
     stems, names = safe_stems(photos), columns(photos)
     rows, used, broken, seen = [], collections.defaultdict(set), set(), set()
     done = total = n_crops = 0
+    declared, odd = limits is not None, collections.defaultdict(list)
     # threads: Pillow decodes, and zlib packs, outside the interpreter's lock
     with kept_blocks(7 * workers), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        rule = limits if declared else common_range(pool, photos), declared, upright
         while True:                     # a round more for the windows of photos that turn out to be broken
             before = len(rows)
             for b in sorted(buckets, key=lambda b: -b.scarcity):
@@ -179,9 +185,13 @@ def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", bala
             for r in rows[before:]:
                 todo[r.photo.name].append(r)
             if not todo:
+                if notes is not None:
+                    notes += reading_notes(odd, *rule)
                 return
             total += len(todo)
-            for name, images in cut_photos(pool, todo, size, workers):
+            for name, (images, found) in cut_photos(pool, todo, size, workers, rule):
+                for what, value in found.items() if name not in seen else ():
+                    odd[what].append(value)
                 seen.add(name)
                 if isinstance(images, Unusable):
                     skipped.append(Skip("photo", name, str(images)))
@@ -196,8 +206,9 @@ def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", bala
                     progress(done, total, n_crops)
 
 
-def cut_photos(pool, todo, size, workers):
-    """Yield (photo name, its crops, or why it is Unusable) for todo {photo name: windows}; threads decode ahead."""
+def cut_photos(pool, todo, size, workers, rule):
+    """Yield (photo name, what cut() gave, or (why it is Unusable, {})) for todo {photo name: windows}; threads decode
+    ahead."""
     pixels = {name: windows[0].photo.width * windows[0].photo.height for name, windows in todo.items()}
     order = sorted(todo, key=lambda name: (-pixels[name], name))       # largest first: no worker ends late
     running = collections.deque()
@@ -205,45 +216,57 @@ def cut_photos(pool, todo, size, workers):
         for i, name in enumerate(order):
             while len(running) < 2 * workers + 2 and i + len(running) < len(order):
                 ahead = order[i + len(running)]
-                running.append(pool.submit(cut, todo[ahead][0].photo, todo[ahead], size))
+                running.append(pool.submit(cut, todo[ahead][0].photo, todo[ahead], size, rule))
             try:
                 images = running.popleft().result()
             except Unusable as e:
-                images = e
+                images = e, {}
             yield name, images
     finally:
         for future in running:
             future.cancel()
 
 
-def cut(photo, windows, size):
-    """Decode a photo once and return its windows as uint8 (size, size, 3) arrays. Raises Unusable."""
+def cut(photo, windows, size, rule):
+    """Decode a photo once -> (its windows as uint8 (size, size, 3) arrays, what is odd about it). Raises Unusable."""
+    limits, declared, upright = rule
     with open_photo(photo.path) as image:
         if image.size != (photo.width, photo.height):
             raise Unusable("photo that changed meanwhile")
         try:
-            image.load()
-            if image.mode == "I" and not 0 <= image.getextrema()[0] <= image.getextrema()[1] <= 65535:
-                raise Unusable("photo of 32-bit values")
-            if image.mode == "F":
-                raise Unusable("photo of float values")
-            return [cut_one(image, w, size) for w in windows]
-        except Unusable:
-            raise
+            limits, odd = examine(image, limits, declared)
+            turn = odd.get("turned") if upright else None
+            return [cut_one(image, w, size, limits, turn) for w in windows], odd
+        except NoRange:
+            raise Unusable("photo whose numbers fit no usual range (see --range)")
         except MemoryError:
             raise Unusable("photo too large for the memory")
         except Exception:                                              # Pillow's decoders raise nearly everything
             raise Unusable("photo that is truncated or damaged")
 
 
-def cut_one(image, w, size):
-    crop = image.crop((w.x, w.y, w.x + w.side, w.y + w.side))
-    if image.mode.startswith("I"):                                     # 16 bits, which Pillow's convert() clips to 8
-        crop = Image.fromarray(((np.asarray(crop).astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
-    crop = crop.convert("RGB")
+def cut_one(image, w, size, limits, turn):
+    crop = to_rgb(image.crop((w.x, w.y, w.x + w.side, w.y + w.side)), limits, turn)
     if w.side != size:
         crop = crop.resize((size, size), Image.Resampling.LANCZOS)     # Pillow's filters antialias
     return np.array(crop)
+
+
+def common_range(pool, photos):
+    """What is black and white in the photos of more than 8 bits; None where there are none."""
+    def look(photo):
+        try:
+            with open_photo(photo.path) as image:
+                found = extent(image) if is_deep(image) else None
+                usual_range([found] if found else [(0, 0, False)])
+                return found
+        except Exception:                                              # said where it is cut
+            return None
+    extents = list(filter(None, pool.map(look, photos)))
+    try:
+        return usual_range(extents) if extents else None
+    except NoRange as e:
+        raise CropError(str(e))
 
 
 @contextlib.contextmanager
@@ -540,7 +563,9 @@ def read_annotations(root):
         raise CropError(f"{root}: no such folder{unpack if root.suffix.lower() == '.zip' else ''}")
     files, skipped = walk(root)
     xmls = [(n, p) for n, p in files if p.suffix.lower() == ".xml"]
-    pictures = [(n, p) for n, p in files if p.suffix.lower() in SUFFIXES]
+    pictures = [(n, p) for n, p in files if p.suffix.lower() in IMAGE_TYPES]
+    unread = [(n, p) for n, p in files if p.suffix.lower() in UNREAD_TYPES]
+    skipped += [Skip("photo", n, f"photo of a type that is not read: {p.suffix.lower()[1:]}") for n, p in unread]
     if not xmls:
         raise CropError(f"{root}: no .xml files in it; expected annotations/NAME.xml for images/NAME.jpg")
     index, photos, owner = PhotoIndex(pictures), [], set()
@@ -773,6 +798,110 @@ def open_photo(path):
     return photo
 
 
+# ---- pixels ----------------------------------------------------------------------------------------------------------
+# From here to the next line across, fid.py and crop_codebrim.py are the same: each can be copied alone.
+IMAGE_TYPES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+UNREAD_TYPES = (".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".j2k",
+                ".jp2", ".jxl", ".nef", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga")     # named, not read
+FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")   # whatever a name says; none starts programs
+RANGES = ((0, 1), (-1, 1), *((0, 2 ** bits - 1) for bits in (8, 10, 12, 14, 16)))    # the first two are for floats
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}                      # EXIF orientation: PIL's Image.Transpose
+FAR = 50                                        # per cent of white that the brightest pixel of a set should reach
+
+
+class NoRange(ValueError):
+    """Numbers of which nobody can say what is black and what is white."""
+
+
+def is_deep(im):
+    return im.mode.startswith(("I", "F"))
+
+
+def extent(im):
+    """(least, most, whether floats) of the numbers of a Pillow image of more than 8 bits."""
+    v = np.asarray(im)
+    if not np.isfinite(v).all():
+        raise NoRange("pixels that are not finite")
+    return v.min().item(), v.max().item(), v.dtype.kind == "f"
+
+
+def usual_range(extents):
+    """The least of RANGES that holds all these extents; a little more is overshoot where they are floats."""
+    least, most, floats = min(e[0] for e in extents), max(e[1] for e in extents), {e[2] for e in extents}
+    if len(floats) > 1:
+        raise NoRange("images of whole numbers and of floats in one set: convert some, or give --range LOW HIGH")
+    for low, high in RANGES[0 if True in floats else 2:]:
+        slack = min(high - low, 255) / 5 if True in floats else 0
+        if low - slack <= least and most <= high + slack:
+            return low, high
+    raise NoRange(f"pixels from {least:g} to {most:g}, outside 0..65535; save it with 8 or 16 bits, or give "
+                  "--range LOW HIGH")
+
+
+def examine(im, limits=None, declared=False):
+    """Load an opened file -> (limits to read it by, {what is odd about it: how bright it is, or how it is turned}).
+
+    limits: what is black and white in its set, None for the file's own; declared: by the user. Raises NoRange, and what
+    Pillow's decoders raise.
+    """
+    odd = {"several": 1} if im.format != "MPO" and getattr(im, "is_animated", False) else {}
+    wide = ";16" in str(im.tile)                # of colours: Pillow keeps their upper 8 bits, and no longer says so
+    im.load()
+    if is_deep(im):
+        own = extent(im)
+        fitting = limits if declared else usual_range([own])
+        limits = limits or fitting
+        odd["deep"] = (own[1] - limits[0]) / (limits[1] - limits[0])
+    elif wide:
+        odd["wide"] = max(high for band, (_, high) in zip(im.getbands(), im.getextrema()) if band != "A") / 255
+    if im.has_transparency_data and not is_deep(im):
+        alpha = (im if "A" in im.getbands() else im.convert("RGBA")).getchannel("A")
+        odd.update({"transparent": 1} if alpha.getextrema()[0] < 255 else {})
+    try:
+        odd.update({"turned": TURNS[k] for k in [im.getexif().get(0x0112)] if k in TURNS})
+    except Exception:                           # EXIF that is damaged turns nothing
+        pass
+    return limits, odd
+
+
+def to_rgb(im, limits=None, turn=None):
+    """A loaded Pillow image, or a crop of it, in mode RGB: limits as of examine(), turn as of its "turned"."""
+    from PIL import Image
+    if is_deep(im):
+        im = Image.fromarray(eight_bits(np.asarray(im), *limits))
+    return im.convert("RGB") if turn is None else im.convert("RGB").transpose(turn)
+
+
+def eight_bits(v, low, high):
+    """Numbers -> uint8, low to 0 and high to 255; of whole numbers in 256 equal parts, so that v * 257 and v << 8, both
+    ways in which 8 bits are made 16, come back as v."""
+    if v.dtype.kind == "f":
+        return np.rint((v - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+    low, high = math.floor(low), math.ceil(high)
+    v = v.astype(np.int32 if max(-low, high) < 2 ** 22 else np.int64).clip(low, high)
+    return ((v - low) * 256 // (high - low)).clip(0, 255).astype(np.uint8)
+
+
+def reading_notes(odd, limits, declared, upright):
+    """Lines for the user: odd {what: a list with what examine() said of each image}, the rest as there."""
+    texts = dict(deep="have 16 bits or floats", wide="have 16 bits per colour, of which Pillow reads the upper 8",
+                 turned="are turned upright, as their EXIF says" if upright else
+                        "are read as they are stored, though their EXIF says turned (--upright turns them)",
+                 several="hold several pages or frames, of which the first is read",
+                 transparent="have transparent pixels, which are read in the colour stored beneath")
+    cure = dict(deep="--range LOW HIGH says what is black and white", wide="save them with 8 bits")
+    if limits and odd.get("deep"):
+        texts["deep"] += f": {limits[0]:g} is read as black, {limits[1]:g} as white (other programs clip them)"
+    for what, text in texts.items():
+        if odd.get(what):
+            yield f"{len(odd[what])} images {text}"
+            percent = 100 * max(odd[what])
+            if what in cure and not FAR <= percent <= 125:
+                yield f"warning: the brightest pixel of them all reaches {percent:.3g} % of white; {cure[what]}"
+    if declared and not odd.get("deep"):
+        yield "--range has no effect: no image has more than 8 bits"
+
+
 # ---- output ----------------------------------------------------------------------------------------------------------
 
 def check_places(source, target, sheet):
@@ -875,7 +1004,7 @@ def print_table(rows, skipped, split):
     for reason, group in sorted(reasons.items(), key=lambda item: -len(item[1])):
         print(f"{len(group):8}  {reason}: {group[0].where}" + (", ..." if len(group) > 1 else ""))
     for s in skipped:
-        if s.what == "photo" and not s.reason.startswith(("photo without", "photo smaller")):
+        if s.what == "photo" and not s.reason.startswith(("photo without", "photo smaller", "photo of a type")):
             print(f"crop_codebrim.py: {s.where}: {s.reason}", file=sys.stderr)
 
 
@@ -923,6 +1052,12 @@ def arguments(argv):
         help="boxes with a side under --size: the window covers that side (around, default), or skip them")
     add("--split", type=split_shares, metavar="train=0.8,val=0.1,test=0.1",
         help="assign photos to splits before cropping; writes TARGET/train/<class>/ ... (default: no split)")
+    add("--range", dest="limits", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="the numbers that are black and white in photos of 16 bits, 32 bits or floats (default: the least usual "
+             "range that holds those of all)")
+    add("--upright", action="store_true",
+        help="turn crops as the EXIF of their photo says (default: as they are stored); boxes and crops.csv keep to "
+             "stored pixels")
     add("--sheet", type=some_path, metavar="sheet.png", help="also write a contact sheet, a row per class")
     hyphenated = [re.sub("^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in argv]
     return p.parse_intermixed_args(hyphenated)
@@ -1011,6 +1146,8 @@ def main(argv=None):
         if not a.source or not a.target:
             raise CropError("two folders are needed: python crop_codebrim.py original_dataset/ crops/ "
                             "(no photos yet: python synthetic.py original_dataset/)")
+        if a.limits and not (math.isfinite(sum(a.limits)) and a.limits[0] < a.limits[1]):
+            raise CropError(f"--range {a.limits[0]:g} {a.limits[1]:g}: the first number must be below the second")
         if not a.n and not a.background:
             raise CropError("--n 0 without --background leaves nothing to crop")
         crop_folder(**vars(a))
