@@ -281,8 +281,8 @@ def test_the_four_lines_need_only_sagan(blocks, photos, root, tmp_path):
 
 INSPECTOR = {                                   # what stands in the block for own photos: what runs here
     "--out runs/look --quick": "--out runs/look --quick --ch 4 --batch-size 4 --steps 2 --nproc 1",
-    "--out runs/mine          #": "--out runs/mine --image-size 32 --ch 4 --batch-size 4 --steps 2 "
-                                  "--fid-features random --fid-samples 8 #",
+    "--out runs/mine --recipe small": "--out runs/mine --recipe small --image-size 32 --ch 4 --batch-size 4 --steps 2 "
+                                      "--fid-features random --fid-samples 8",
     "--per-class 200": "--per-class 4",
     "fid.py photos/ made/": "fid.py photos/ made/ --features random",
 }
