@@ -1610,6 +1610,7 @@ def _arguments(argv):
             raise FidError(f"{name} is empty")
     args.range = checked_range(args.range)
     args.own = None                             # digest of the network, where it is a user's
+    args.sizes = None                           # words on sides whose images differ in size
     if args.features != "inception":
         for flag in ("dims", "weights", "resize", "precision", *["save"] * (args.features == "random")):
             if getattr(args, flag) is not None:
@@ -1687,9 +1688,10 @@ def _side(path, use=None):
 
 
 def _same_size(args, sides):
-    """Where REAL's first image has another size than every FAKE's, set args.size under --features random, else say so.
+    """Where REAL's first image has another size than every FAKE's, set args.size under --features random.
 
-    Random networks take the images as they are: a score across sizes would tell of the sizes alone.
+    args.sizes says so, or which --size to give. Random networks take the images as they are: a score across sizes would
+    tell of the sizes alone.
     """
     rule = Rule(args.range, args.range is not None, args.upright)
     real, *fakes = [_first_size(s, rule) for s in sides]
@@ -1699,9 +1701,10 @@ def _same_size(args, sides):
     differ = f"REAL's images differ in size from FAKE's, {real[0]}x{real[1]} from {n}x{n}"
     if args.features == "random":
         args.size = n
-        _say(f"{differ}: all are read as okd_train.py reads them, the centre square, resized (--size {n})")
+        args.sizes = f"{differ}: all were read as okd_train.py reads them, the centre square, resized (--size {n})"
     else:
-        _say(f"{differ}, which raises the score; --size {n} reads all as okd_train.py does, the centre square, resized")
+        args.sizes = (f"{differ}, which raises the score; --size {n} reads all as okd_train.py does, the centre "
+                      "square, resized")
 
 
 def _first_size(side, rule):
@@ -1953,6 +1956,8 @@ def _copy_sheet(path, pairs):
 
 def _say_what_it_is_worth(args, sides, digest):
     random = args.features == "random"
+    if args.sizes:
+        _say(args.sizes)
     if digest and not random and not args.own and not digest.startswith(WEIGHTS_SHA256):
         _say(f"weights {digest[:8]} are not the published ones ({WEIGHTS_SHA256}): "
              "the numbers compare only with others made with this file")

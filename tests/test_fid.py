@@ -1265,7 +1265,7 @@ def test_size_reads_images_as_training_does(run, fails, folders, tmp_path, small
     status, out, err = run(tmp_path / "real", folders / "G1", "--features", "random", "--json")
     got = json.loads(out)
     assert got["rfd"] == pytest.approx(fid.random_distance(*random), rel=1e-9) and got["size"] == 24
-    assert "61x40 from 24x24: all are read as okd_train.py reads them" in err and "(--size 24)" in err
+    assert "61x40 from 24x24: all were read as okd_train.py reads them" in err and "(--size 24)" in err
     fails(folders / "real", folders / "G1", "--size", "0", words=["--size"])
     np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4))
     fails(tmp_path / "s.npz", tmp_path / "s.npz", "--size", "24", weigh=False, words=["--size"])
