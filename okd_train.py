@@ -2336,17 +2336,17 @@ def say_goodbye(trainer, s, out, scores, progress, signalled, seconds):
         progress.say(f"Stopped by {name} at step {step}; saved in {out}. --resume goes on.")
         trainer.ranks.close()
         raise SystemExit(128 + signalled)
-    if step < s.steps:
-        progress.say(f"--max-seconds reached at step {step} of {s.steps}; saved in {out}. --resume goes on.")
-        return
     lines = score_lines(out, s.groups) if scores else []
     if lines:
         best, i, at = min((line[f"G{i}"], i, line["step"]) for line in lines for i in range(1, s.groups + 1))
         floor, spread = (lines[-1][k] for k in ("floor", "floor_spread"))
         progress.say(f"Best: group {i} at step {at} with {scores.name} {best:.2f} (fresh images: about {floor:.2f} "
                      f"+- {spread:.2f}), in {out / f'G{i}.best.pt'}.")
-    progress.say(f"Done: {step} steps, {span(seconds)}. Look at {out / 'samples'}/; python sample.py {out} 1000 writes "
-                 f"images, python report.py {out} a page.")
+    done = f"Done: {step} steps, {span(seconds)}."
+    if step < s.steps:
+        done = f"--max-seconds reached at step {step} of {s.steps}; --resume goes on."
+    progress.say(f"{done} Look at {out / 'samples'}/; python sample.py {out} 1000 writes images, "
+                 f"python report.py {out} a page.")
 
 
 def holds_run(out):
