@@ -388,7 +388,7 @@ def obvious_step(t, detach=False):
 
     for g in t.groups:
         own, eps = nets[g.i], {role: {"eps": d[role, g.i]} for role in "DC" if (role, g.i) in d}
-        real = t.data.batch(d["idx", g.i], d.get(("flip", g.i)))
+        real = t.data.batch(d["idx", g.i], d.get(("flip", g.i)), d.get(("upend", g.i)))
         y_real = (t.data.labels[d["idx", g.i]],) if f.conditional else ()
         loss = f.discriminator_loss(own["D"], real, fakes(own["G"]), *y_real, *labels,
                                     **settings["D"], **eps.get("D", {}))

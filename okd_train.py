@@ -231,7 +231,7 @@ class Trainer:
             losses = self.losses[g.i]
             with self.lane(g.i):
                 idx = d["idx", g.i]
-                real = self.arrange(self.data.batch(idx, d.get(("flip", g.i))))
+                real = self.arrange(self.data.batch(idx, d.get(("flip", g.i)), d.get(("upend", g.i))))
                 y_real = self.data.labels[idx] if self.script.conditional else None
                 losses["d"] = self.learn_critic(g, "D", sub, real, self.images[sub][g.i], y_real)
             if "C" in g.nets:
@@ -292,8 +292,9 @@ class Trainer:
     def next_inputs(self):
         """All that the next step reads besides its networks: for each of n_critic sub-steps a dict of CPU tensors.
 
-        Keys: z, y, and per group i ("idx", i), ("flip", i), ("D", i), ("C", i), all drawn; the first dict also holds
-        the step's scalars: step (its number, from 1), rho, g_lr, d_lr, c_lr, and pace, by which the averages move.
+        Keys: z, y, and per group i ("idx", i), ("flip", i), ("upend", i), ("D", i), ("C", i), all drawn; the first dict
+        also holds the step's scalars: step (its number, from 1), rho, g_lr, d_lr, c_lr, and pace, by which the averages
+        move.
         """
         s, ranks, plan = self.s, self.ranks, []
         B = s.batch_size
@@ -306,6 +307,8 @@ class Trainer:
                 d["idx", g.i] = self.data.indices(number, g.i)
                 if s.flip:
                     d["flip", g.i] = draw(s.seed, number, g.i, "flip", "uniform", (B, 1, 1, 1))
+                if s.flip_vertical:
+                    d["upend", g.i] = draw(s.seed, number, g.i, "upend", "uniform", (B, 1, 1, 1))
                 for role in "DC":
                     if role in g.nets and self.takes_eps[role]:
                         d[role, g.i] = draw(s.seed, number, g.i, f"eps {role}", "uniform", (B, 1, 1, 1))
@@ -650,11 +653,16 @@ class Script:
         """{name of a recipe: {hparam: value}}, checked like hparams."""
         plain = isinstance(recipes, dict) and all(isinstance(recipe, dict) for recipe in recipes.values())
         self.must(plain, ": recipes must be a dict of dicts: {name: {hparam: value}}")
+        checked = {}
         for name, recipe in recipes.items():
-            strange = recipe.keys() - self.hparams.keys()
+            flips = recipe.keys() & {"flip", "flip_vertical"}
+            strange = recipe.keys() - self.hparams.keys() - flips
             self.must(not strange, f": recipes[{name!r}] sets {', '.join(map(str, strange))}, no key of hparams")
-        whole = {name: self.checked({**own, **recipe}, f"recipes[{name!r}]") for name, recipe in recipes.items()}
-        return {name: {key: whole[name][key] for key in recipe} for name, recipe in recipes.items()}
+            self.must(all(recipe[k] in (True, False) for k in flips), f": recipes[{name!r}]: a flip is True or False")
+            rest = {k: v for k, v in recipe.items() if k not in flips}
+            whole = self.checked({**own, **rest}, f"recipes[{name!r}]")
+            checked[name] = {k: whole.get(k, recipe[k]) for k in recipe}
+        return checked
 
     def checked(self, own, called="hparams"):
         """The script's hparams over the trainer's, in the trainer's types; UserError for what is no setting."""
@@ -778,9 +786,9 @@ class Data:
         self.digest = whole.hexdigest()
         self.s, self.orders = s, {}
 
-    def batch(self, idx, flip):
-        """idx (B,) -> float images (B, 3, H, W) in [-1, 1]; flip (B, 1, 1, 1) of uniforms, or None."""
-        return augment(self.images[idx].float().div_(127.5).sub_(1), flip)
+    def batch(self, idx, flip=None, upend=None):
+        """idx (B,) -> float images (B, 3, H, W) in [-1, 1]; flip, upend (B, 1, 1, 1) of uniforms, or None."""
+        return augment(self.images[idx].float().div_(127.5).sub_(1), flip, upend)
 
     def indices(self, batch, group):
         """Indices (B,) of a group's batch number `batch`: without replacement through a new permutation every epoch."""
@@ -796,12 +804,16 @@ class Data:
         return self.orders[group, epoch]
 
 
-def augment(x, flip):
-    """Real images (B, 3, H, W) in [-1, 1] -> with those mirrored whose uniform in flip (B, 1, 1, 1) is below 0.5.
+def augment(x, flip, upend):
+    """Real images (B, 3, H, W) in [-1, 1], mirrored left to right where the uniform in flip (B, 1, 1, 1) is below 0.5.
 
-    flip is None without --flip. Further random numbers come from Trainer.next_inputs.
+    upend: likewise, top to bottom. Both are None without their flag. Further random numbers come from
+    Trainer.next_inputs.
     """
-    return x if flip is None else torch.where(flip < 0.5, x.flip(3), x)
+    for uniform, axis in ((flip, 3), (upend, 2)):
+        if uniform is not None:
+            x = torch.where(uniform < 0.5, x.flip(axis), x)
+    return x
 
 
 def load_data(s, conditional, say):
@@ -1938,7 +1950,9 @@ def trainer_flags(p):
     add("--precision", choices=("fp32", "tf32", "bf16"),
         help="of products; penalties stay at tf32 in bf16 (default tf32 on CUDA, else fp32)")
     add("--flip", action=argparse.BooleanOptionalAction, default=False,
-        help="mirror real images at random (default no)")
+        help="mirror real images left to right at random (default no)")
+    add("--flip-vertical", action=argparse.BooleanOptionalAction, default=False,
+        help="and top to bottom: for surfaces, which have no up (default no)")
     add("--skip-bad", action="store_true", help="leave unreadable images out and say how many")
     add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="the numbers that are black and white in images of 16 bits, 32 bits or floats (default: the least usual "

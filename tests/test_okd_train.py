@@ -444,6 +444,11 @@ def test_flip_mirrors_half_of_the_reals():
     for k, mirrored in enumerate((True, False, True, False)):
         assert torch.equal(flipped[k], plain[k].flip(2) if mirrored else plain[k])
     assert ("flip", 1) in t.next_inputs()[0]
+    upended = t.data.batch(idx, None, torch.tensor([0.2, 0.7, 0.49, 0.5]).view(4, 1, 1, 1))
+    for k, mirrored in enumerate((True, False, True, False)):
+        assert torch.equal(upended[k], plain[k].flip(1) if mirrored else plain[k])
+    d = setup("--groups", "1", "--flip", "--flip-vertical", *TINY).next_inputs()[0]
+    assert not torch.equal(d["flip", 1], d["upend", 1])             # one does not follow from the other
 
 
 def test_own_losses_equal_sagans():
@@ -742,7 +747,7 @@ def test_torchrun_with_one_process(photos, tmp_path):
 RECIPES = """
 from torch import nn
 hparams = dict(ch=8, g_lr=1e-3)
-recipes = dict(small=dict(ch=4, batch_size=6), large=dict(ch=16))
+recipes = dict(small=dict(ch=4, batch_size=6, flip=True), large=dict(ch=16))
 class Generator(nn.Module):
     def __init__(self, ch=8):
         super().__init__()
@@ -762,7 +767,8 @@ def test_a_recipe_is_a_named_set_of_settings_and_flags_win(tmp_path):
     plain, small = settled(), settled("--recipe", "small")
     assert (plain.ch, plain.batch_size, plain.recipe) == (8, 25, None)
     assert (small.ch, small.batch_size, small.image_size, small.steps) == (4, 6, 64, 50000)
-    assert settled("--recipe", "large").ch == 16
+    assert settled("--recipe", "large").ch == 16 and small.flip and not plain.flip
+    assert not settled("--recipe", "small", "--no-flip").flip
     named = settled("--recipe", "small", "--ch", "9")
     assert (named.ch, named.batch_size) == (9, 6)
     quick = settled("--quick", "--batch-size", "7")
