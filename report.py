@@ -155,12 +155,17 @@ def page(run):
         if body and heading:
             parts.append(f"<h2>{heading}</h2>")
         parts.append(body)
+    return document(run.name, parts)
+
+
+def document(title, parts):
+    """A whole page, as text, of its parts in HTML."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return "\n".join([
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        f"<title>{html.escape(run.name)}</title>\n<style>{STYLE}</style></head>\n<body>", *parts, "</body></html>\n"])
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>", *parts, "</body></html>\n"])
 
 
 def verdict(run):
@@ -590,7 +595,7 @@ class Plot:
 
     LEFT, TOP, RIGHT, BOTTOM = 54, 30, 12, 22
 
-    def __init__(self, width, height, title, about, xlim, ylim):
+    def __init__(self, width, height, title, about, xlim, ylim, names=None):
         self.w, self.h = width - self.LEFT - self.RIGHT, height - self.TOP - self.BOTTOM
         self.xlim, self.ylim = xlim, ylim
         self.sheet = Image.new("RGB", (2 * width, 2 * height), "white")
@@ -605,8 +610,8 @@ class Plot:
         for y, text in zip(map(self.y, at), tick_labels(at)):
             self.pen.line([(0, y), (2 * self.w, y)], "#e6e6e6", 2)
             outside.text((left - 10, top + y), text, "#333333", small, anchor="rm")
-        at = ticks(*xlim)
-        for x, text in zip(map(self.x, at), tick_labels(at)):
+        at = ticks(*xlim) if names is None else np.arange(len(names))       # names stand at 0, 1, ...
+        for x, text in zip(map(self.x, at), names or tick_labels(at)):
             self.pen.line([(x, 0), (x, 2 * self.h)], "#f2f2f2", 2)
             outside.text((left + x, bottom + 8), text, "#333333", small, anchor="mt" if x < 2 * self.w - 30 else "rt")
 
