@@ -2,7 +2,6 @@
 
     python fid.py REAL FAKE                          # folders of images (or .npz: images arr_0, or mu and sigma)
     python fid.py REAL G1 G2 G3                      # one pass over REAL; a table with the mean and the union of all
-    python fid.py REAL RUN/fakes/G* RUN2/fakes/G*    # a row per run: one group, or G1 G2 ..., their mean and union
     python fid.py REAL FAKE --kid --prdc --floor     # and what fresh photos would read at these n
     python fid.py REAL FAKE --size 64                # images as okd_train.py reads them: the centre square, resized
     python fid.py REAL FAKE --copies sheet.png       # the fakes closest to a real, side by side with it
@@ -1502,26 +1501,13 @@ def _run(argv, rank, world):
         return
     names = _names([s.path for s in fakes]) if fakes else []
     rows = [(name, f.n, _compare(real, f, args)) for name, f in zip(names, fakes)]
-    runs = _runs(fakes)
-    if runs and len({f.n for f in fakes}) > 1:
-        least, most = min(f.n for f in fakes), max(f.n for f in fakes)
-        _say(f"the groups hold {least} to {most} images: compare only at the same n")
-
-    def summary(members):
-        return _summary(real, [fakes[i] for i in members], [rows[i][2] for i in members], args)
-
-    summaries = {run: summary(groups.values()) for run, groups in runs.items() if len(groups) > 1}
-    extra = []
-    if len(fakes) > 1 and (args.json or not runs):
-        extra = next(iter(summaries.values())) if len(runs) == 1 else summary(range(len(fakes)))
+    extra = _summary(real, fakes, [scores for _, _, scores in rows], args) if len(fakes) > 1 else []
     floor = _floors(real, fakes, args) if args.floor else []
     closest = _closest(real, fakes, args.copies) if args.copies else []
     if args.json:
         settings = _settings(args, sides, dims, resize, digest)
-        out = {**settings, **_as_json(fakes, rows, extra + floor, runs, summaries, closest)}
+        out = {**settings, **_as_json(fakes, rows, extra + floor, closest)}
         print(json.dumps({**out, "seconds": round(time.monotonic() - begin, 2)}))
-    elif runs:
-        print("\n".join(_run_tables(runs, rows, summaries, floor, args.own)))
     elif len(rows) > 1:
         print("\n".join(_table(rows + extra + floor, args.own)))
     else:
@@ -1983,17 +1969,12 @@ def _settings(args, sides, dims, resize, digest):
             "weights": digest[:8] if digest and trained else None, "k": K if args.prdc else None}
 
 
-def _as_json(fakes, rows, summary, runs, summaries, closest):
-    """The scores of the JSON object: those of one FAKE, or a list "fakes"; mean, union, floor; runs; closest pairs."""
-    def plain(lines):
-        return {name.replace(" ", "_"): scores if n is None else {"n": n, **scores} for name, n, scores in lines}
-
+def _as_json(fakes, rows, summary, closest):
+    """The scores of the JSON object: those of one FAKE, or a list "fakes"; mean, union, floor; closest pairs."""
     entries = [{"fake": str(f.path), "name": name, "n_fake": n, **scores} for f, (name, n, scores) in zip(fakes, rows)]
     out = dict(entries[0]) if len(entries) == 1 else {"fakes": entries} if entries else {}
-    out.update(plain(summary))
-    if runs:
-        out["runs"] = [{"name": name, "fakes": [rows[i][0] for i in groups.values()], **plain(summaries.get(run, ()))}
-                       for name, (run, groups) in zip(_names(list(runs)), runs.items())]
+    for name, n, scores in summary:
+        out[name.replace(" ", "_")] = scores if n is None else {"n": n, **scores}
     if closest:
         out["closest"] = [{"fake": fake.name(k), "real": real.name(j), "distance": distance}
                           for fake, k, real, j, distance in closest]
@@ -2033,46 +2014,6 @@ def _table(rows, own=None):
     keys = [k for k in rows[0][2] if k in LABELS]
     lines = [[name, str(n or "")] + [_number(k, scores.get(k)) for k in keys] for name, n, scores in rows]
     return aligned([["", "n"] + [_heading(k, own) for k in keys]] + lines)
-
-
-# ---------------------------------------------------------------------------------------------- tables of runs
-GROUP = re.compile(r"G[1-9][0-9]*")             # RUN/fakes/G1: the folder of one group
-
-
-def _runs(fakes):
-    """{run folder: {group number: position in fakes}} where several FAKE are all RUN/fakes/G<number>; else {}."""
-    runs = {}
-    for at, fake in enumerate(fakes):
-        path = Path(os.path.abspath(fake.path))
-        groups = runs.setdefault(path.parent.parent, {})
-        if path.parent.name != "fakes" or not GROUP.fullmatch(path.name) or int(path.name[1:]) in groups:
-            return {}
-        groups[int(path.name[1:])] = at
-    return runs if len(fakes) > 1 else {}
-
-
-def _run_tables(runs, rows, summaries, floor, own=None):
-    """Lines of the paper's Table 1, once per score: a row per run; columns one group, G1 G2 ..., their mean and union.
-
-    A run whose fakes/ holds one group is the baseline. rows: (name, n, scores) of every FAKE; summaries: _summary() by
-    run; floor: such rows.
-    """
-    alone = {run for run in runs if sum(1 for e in os.scandir(run / "fakes") if GROUP.fullmatch(e.name)) == 1}
-    numbers = sorted({k for run, groups in runs.items() if run not in alone for k in groups})
-    columns = ["one group"] * bool(alone or floor) + [f"G{k}" for k in numbers] + ["mean", "union"] * bool(summaries)
-    lines = []
-    for key in [k for k in rows[0][2] if k in LABELS]:
-        cells = [[_heading(key, own), "n", *columns]]
-        for (run, groups), name in zip(runs.items(), _names(list(runs))):
-            ns = sorted({rows[i][1] for i in groups.values()})
-            values = {"one group" if run in alone else f"G{k}": rows[i][2][key] for k, i in groups.items()}
-            values.update({what: scores[key] for what, _, scores in summaries.get(run, ())})
-            numbers_of_run = [_number(key, values[c]) if c in values else "-" for c in columns]
-            cells.append([name, "-".join(map(str, ns[:1] + ns[1:][-1:])), *numbers_of_run])
-        rest = ["-"] * (len(columns) - 1)
-        cells += [[name, str(n), _number(key, scores[key]), *rest] for name, n, scores in floor if key in scores]
-        lines += [""] * bool(lines) + aligned(cells)
-    return lines
 
 
 # ---------------------------------------------------------------------------------------------- main
