@@ -106,8 +106,9 @@ def test_every_named_file_exists(pages, root):
 
 
 def test_top_level_holds_only_the_rooms(root):
-    rooms = {"sagan.py", "acgan.py", "okd_train.py", "fid.py", "crop_codebrim.py", "sample.py", "report.py", "bench.py",
-             "labels.py", "synthetic.py", "kernels", "tests", "requirements.txt", "README.md", ".ci", ".gitignore"}
+    rooms = {"sagan.py", "acgan.py", "okd_train.py", "fid.py", "crop_codebrim.py", "sample.py", "report.py",
+             "bench.py", "compare.py", "labels.py", "synthetic.py", "kernels", "tests", "requirements.txt", "README.md",
+             ".ci", ".gitignore"}
     tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True)
     if tracked.returncode:
         pytest.skip("not a git checkout")
@@ -336,12 +337,17 @@ def test_the_log_goes_to_another_tool(blocks, photos, tmp_path, monkeypatch):
 
 
 TINY = {                                        # what stands in the recipe: what runs here; each stands there once
-    "synthetic.py original_dataset/": "synthetic.py original_dataset/ --photos 2",
-    "original_dataset/ crops/": "original_dataset/ crops/ --n 24",
-    "--steps 50000": "--steps 2 --ch 4 --batch-size 4",
-    "$run 10000": "$run 12",
-    "fid.py crops/": "fid.py crops/ --features random",
+    "synthetic.py original_dataset/": "synthetic.py original_dataset/ --photos 9",
+    "original_dataset/ crops/": "original_dataset/ crops/ --n 60 --size 32",
+    "--seeds 10 --steps 50000": "--seeds 1 --steps 2 --image-size 32 --ch 4 --batch-size 4 --features colours.py",
 }
+COLOURS = """
+import torch
+class Features(torch.nn.Module):
+    size, dims, digest = 32, 3, "colours"
+    def forward(self, x):
+        return x.mean((2, 3))
+"""
 
 
 def test_the_recipe_runs_from_photos_to_the_papers_table(pages, root, tmp_path):
@@ -349,17 +355,16 @@ def test_the_recipe_runs_from_photos_to_the_papers_table(pages, root, tmp_path):
     for there, here in TINY.items():
         assert script.count(there) == 1, there
         script = script.replace(there, here)
-    for path in root.glob("*.py"):
-        (tmp_path / path.name).symlink_to(path)
-    function = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\n'
-    p = subprocess.run(["sh", "-c", function + script], cwd=tmp_path, env=ENV, capture_output=True, text=True,
-                       timeout=300)
-    assert p.returncode == 0, p.stderr[-4000:]
-    table = [line.split() for line in p.stdout.replace("one group", "one_group").splitlines()[-5:]]
-    assert table[0] == ["rFD", "n", "one_group", "G1", "G2", "G3", "mean", "union"]
-    rows = [f"{model}-{groups}-seed0" for model in ("acgan", "sagan") for groups in (1, 3)]
-    assert [row[:2] for row in table[1:]] == [[row, "12"] for row in rows]
-    for row in table[1:]:
-        assert [cell == "-" for cell in row[2:]] == [row[0][6] != "1"] + [row[0][6] == "1"] * 5
-        assert all(float(cell) > 0 for cell in row[2:] if cell != "-")
-    assert float(table[2][6]) == pytest.approx(sum(map(float, table[2][3:6])) / 3, abs=2e-4)
+    lines = [shlex.split(line, comments=True) for line in script.splitlines()]
+    assert [line[1] for line in lines] == ["synthetic.py", "crop_codebrim.py", "compare.py"]
+    (tmp_path / "colours.py").write_text(COLOURS)
+    for _, file, *argv in lines:
+        p = subprocess.run([sys.executable, str(root / file), *argv], cwd=tmp_path, env=ENV, capture_output=True,
+                           text=True, timeout=300)
+        assert p.returncode == 0, p.stderr[-4000:]
+    table = [re.split("  +", line.strip()) for line in p.stdout.splitlines()[-8:]]
+    head = ["FD (colours)", "runs", "mean over groups", "best by validation", "union"]
+    assert table[0] == head and [row[0] for row in table[1:4]] == ["ring", "alone", "single"]
+    assert [row[2:] for row in table[4:6]] == [["132.13", "118.23"], ["139.76"]]
+    assert all(float(cell) > 0 for row in table[1:4] for cell in row[1:])
+    assert (tmp_path / "study/study.html").is_file()

@@ -1,0 +1,389 @@
+"""compare.py: statistics on hand-made numbers, a whole tiny study, what chooses in it, how it goes on, mistakes."""
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+import bench
+import compare
+import fid
+import okd_train
+from conftest import noise
+
+TINY = ["--model", "acgan", "--image-size", "32", "--ch", "4", "--batch-size", "4", "--steps", "4", "--log-every", "1",
+        "--save-every", "1"]
+BLOCKS = """
+import torch
+class Features(torch.nn.Module):
+    size, dims, digest = 8, 12, "blocks"
+    def forward(self, x):
+        return torch.nn.functional.avg_pool2d(x, 4).flatten(1)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with photos/train, val and test of noise in two classes, and a file of features."""
+    folder = tmp_path_factory.mktemp("compare")
+    for part, n in (("train", 8), ("val", 6), ("test", 7)):
+        noise(folder / "photos" / part, ("Crack", "Rust"), n)
+    (folder / "blocks.py").write_text(BLOCKS)
+    return folder
+
+
+def command(place, out, *more):
+    features = ["--features", str(place / "blocks.py")]
+    return [*TINY, "--data", str(place / "photos"), *features, "--jobs", "1", "--out", str(out), "--seeds", "2", *more]
+
+
+class InThread:
+    """In place of a process of its own: the trainer in this one, which is there already."""
+    returncode = 0
+
+    def __init__(self, argv, **settings):
+        self.argv = argv[2:]
+
+    def communicate(self):
+        okd_train.run(self.argv)
+        return "", ""
+
+
+def in_threads(patch):
+    patch.setattr(subprocess, "Popen", InThread)
+    patch.setattr(okd_train, "ending_signals", list)                # a thread cannot hear signals
+
+
+@pytest.fixture(scope="module")
+def study(place):
+    """A whole study of two seeds. That real processes give the same is seen where one is killed."""
+    with pytest.MonkeyPatch.context() as patch:
+        in_threads(patch)
+        compare.main(command(place, place / "study"))
+    return place / "study"
+
+
+def results(study):
+    lines = map(json.loads, (study / "results.jsonl").read_text().splitlines())
+    return {(line["arm"], line["seed"]): line for line in lines}
+
+
+def refused(capsys, argv):
+    """The one line with which the command ends."""
+    with pytest.raises(SystemExit) as e:
+        compare.main(argv)
+    err = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and len(err) == 1 and err[0].startswith("compare.py: error: ")
+    return err[0]
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+def test_the_interval_is_the_paired_t_tests():
+    r = np.random.default_rng(0)
+    for n in (2, 3, 10, 40):
+        a, b = 90 + r.standard_normal(n), 100 + r.standard_normal(n)
+        p, t = compare.paired(a, b), stats.ttest_rel(a, b)
+        assert np.allclose([p["low"], p["high"]], np.array(t.confidence_interval(0.95)) / b.mean())
+        assert p["n"] == n and p["difference"] == pytest.approx((a.mean() - b.mean()) / b.mean())
+    assert compare.paired(a, b) == pytest.approx(compare.paired(1000 * a, 1000 * b))
+
+
+def test_no_difference_is_a_false_alarm_once_in_twenty():
+    """Runs of a seed have much in common, and the run is the unit."""
+    r = np.random.default_rng(1)
+    for n in (6, 12):
+        seeds = 130 + 20 * r.standard_normal((500, 1, n))
+        found = [compare.paired(*pair) for pair in seeds + 5 * r.standard_normal((500, 2, n))]
+        assert 0.025 <= np.mean([p["low"] > 0 or p["high"] < 0 for p in found]) <= 0.075
+
+
+@pytest.mark.parametrize("n", [2, 5, 10])
+def test_the_least_difference_is_found_four_times_out_of_five(n):
+    a = np.linspace(-1, 1, n)
+    least = compare.paired(100 + a / a.std(ddof=1), np.full(n, 100.0))["detectable"] * 100       # deviation 1
+    r = np.random.default_rng(2)
+    found = stats.ttest_1samp(least + r.standard_normal((4000, n)), 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.025)
+
+
+def test_verdicts_in_plain_words():
+    lower = {"n": 10, "difference": -0.12, "low": -0.2, "high": -0.04, "detectable": 0.1}
+    higher = {**lower, "difference": 0.12, "low": 0.04, "high": 0.2}
+    assert compare.verdict(lower, "lower") == "shown better at n = 10: -12.0 % (95 % interval -20.0 to -4.0 %)"
+    assert compare.verdict(higher, "higher").startswith("shown better at n = 10: +12.0 %")
+    assert compare.verdict(lower, "higher").startswith("shown worse") and "worse" in compare.verdict(higher, "lower")
+    even = {**lower, "high": 0.01, "detectable": 0.0612}
+    words = "not told apart at n = 10: differences under 6.1 % would not be seen"
+    assert compare.verdict(even, "lower") == compare.verdict(even, "higher") == words
+    assert "under 120 %" in compare.verdict({**even, "detectable": 1.23}, "lower")
+
+
+def test_seeds_are_the_pairs():
+    line = lambda v: {"mean": {"distance": v}}
+    found = {("ring", k): line(10 * k + 9) for k in (1, 2, 3, 4)}
+    found.update({("alone", k): line(10 * k + 10) for k in (4, 3, 2, 5)})
+    p = compare.comparison(found, "ring", "alone", "mean", "distance")
+    assert p["n"] == 3 and p["difference"] == p["low"] == p["high"] == -1 / 40
+    assert compare.comparison(found, "ring", "single", "mean", "distance") is None
+
+
+# ---------------------------------------------------------------------------------------------- a whole study
+def test_arms_are_paired_and_single_has_the_rings_arithmetic(study):
+    """In the first step nothing but rho differs, and a group alone is the first of the groups alone, bit for bit."""
+    for seed in (0, 1):
+        ring, alone, single = (okd_train.read_lines(study / f"runs/{arm}-seed{seed}/log.jsonl") for arm in compare.ARMS)
+        for a, b in zip(ring[0]["groups"], alone[0]["groups"]):
+            assert a["d_loss"] == b["d_loss"] and a["c_loss"] == b["c_loss"] and a["g_loss"] != b["g_loss"]
+        assert ring[2]["groups"][0]["d_loss"] != alone[2]["groups"][0]["d_loss"]
+        for a, b in zip(alone, single):
+            assert a["groups"][0]["d_loss"] == b["groups"][0]["d_loss"] and a["step"] == b["step"]
+    assert len(single) > 15 and ring[0] != okd_train.read_lines(study / "runs/ring-seed0/log.jsonl")[0]
+
+
+def test_steps_of_equal_arithmetic_are_counted(place, study):
+    """Against a count of real steps at the arms' own batch and groups."""
+    s, script, named, seeds = compare.arguments(command(place, study))
+    judge = lambda s, script: type("Judge", (), {"data": okd_train.Data(*okd_train.load_folder(
+        place / "photos/test", 32, script.conditional, False, print), s, torch.device("cpu"))})
+    s.arms = ["single:batch_size=2", "single:steps=7", "wide:ch=8"]
+    arms = {arm.name: arm for arm in compare.make_arms(s, script, named, judge)}
+    counts = {}
+    for name, arm in arms.items():
+        arm.s.cuda_graph = "off"
+        trainer = okd_train.Trainer(arm.script, arm.s, judge(arm.s, arm.script).data, torch.device("cpu"))
+        trainer.step()
+        with bench.Operations() as count:
+            trainer.step()
+        counts[name] = count.flops
+        assert arm.work == pytest.approx(count.flops, rel=1e-3)
+    for name in ("single", "single:batch_size=2"):
+        assert arms[name].s.steps == round(4 * counts["ring"] / counts[name])
+    assert arms["single:steps=7"].s.steps == 7 and arms["wide:ch=8"].s.steps == 4
+    assert arms["single"].s.steps == results(study)["single", 0]["step"] > 15
+    assert arms["wide:ch=8"].s.ch == 8 and arms["wide:ch=8"].s.rho == 0.5 and arms["alone"].s.rho == 0
+
+
+def test_what_a_study_leaves(study, capsys, place):
+    lines = results(study)
+    assert list(lines) == [(arm, seed) for seed in (0, 1) for arm in ("ring", "alone", "single")]   # a seed at a time
+    for (arm, seed), line in lines.items():
+        groups = 1 if arm == "single" else 3
+        assert len(line["groups"]) == groups and len(line["validation"]) == 4
+        assert [v["step"] for v in line["validation"]][-1] == line["step"]
+        best = min((v[f"G{i}"], i) for v in line["validation"] for i in range(1, groups + 1))[1]
+        assert line["chosen"]["best"] == best and line["best"] == line["groups"][best - 1]
+        for i in range(1, groups + 1):
+            assert line["chosen"][f"G{i}"] == min((v[f"G{i}"], v["step"]) for v in line["validation"])[1]
+        scores = ["distance", "kid", "coverage", "variety", "labels"]
+        assert list(line["best"]) == list(line["union"]) == scores and line["score"] == "FD (blocks)"
+        for score in scores:
+            assert line["mean"][score] == pytest.approx(np.mean([of[score] for of in line["groups"]]))
+        assert ("c_w" in line["mean"]) == (arm != "single") and 0 <= line["best"]["labels"] <= 1
+        assert line["mean"] == line["best"] == line["union"] or arm != "single"
+        folder = study / f"runs/{arm}-seed{seed}"
+        assert not (folder / "checkpoint.pt").exists() and "photos/test" not in (folder / "args.json").read_text()
+    page = (study / "study.html").read_text()
+    assert "ring against alone, mean: " in page and "TFLOP" in page and "178.92" in page and "data:image/png" in page
+    assert Image.open(study / "study.png").width > 800
+    before = {path: path.stat().st_mtime_ns for path in study.rglob("*.pt")}
+    compare.main(command(place, study))                             # given again: the tables, and nothing is trained
+    out = capsys.readouterr().out
+    assert "ring against single, best: " in out and "the paper's one group" in out and "172.13" in out
+    assert before == {path: path.stat().st_mtime_ns for path in study.rglob("*.pt")}
+    assert lines == results(study)
+
+
+def test_scores_are_those_of_the_generators_files(place, study):
+    """FD and labels of the best group's and of all groups' images, drawn and scored here by other means."""
+    line, run = results(study)["ring", 1], study / "runs/ring-seed1"
+    net = fid.network(str(place / "blocks.py"))
+    real = fid.features(str(place / "photos/test"), model=net)
+    features = []
+    for i in (1, 2, 3):
+        G = okd_train.load_generator(run / f"G{i}.best.pt")
+        z = torch.cat([okd_train.draw(1, k, 0, "test", "normal", (50, 128)) for k in range(6)])
+        images = okd_train.generate(G, z, torch.arange(300) % 2)
+        features.append(fid.features(images, model=net))
+        assert line["groups"][i - 1]["distance"] == pytest.approx(fid.frechet_distance(real, features[-1]), rel=1e-5)
+    union = np.concatenate([f[100 * k:100 * k + 100] for k, f in enumerate(features)])
+    assert line["union"]["distance"] == pytest.approx(fid.frechet_distance(real, union), rel=1e-5)
+    assert line["union"]["kid"] == pytest.approx(fid.kernel_distance(real, union)[0], rel=1e-3)
+
+
+def test_a_trap_in_the_test_part_changes_no_choice(place, study, tmp_path):
+    """The test photos are images of a generator that was not chosen: it wins there, and is not chosen all the same."""
+    run, line = study / "runs/alone-seed0", results(study)["alone", 0]
+    other = line["chosen"]["best"] % 3 + 1
+    G = okd_train.load_generator(run / f"G{other}.best.pt")
+    z = okd_train.draw(0, 0, 0, "trap", "normal", (80, 128))
+    images = okd_train.generate(G, z, torch.arange(80) % 2)
+    for k, image in enumerate(images):
+        path = tmp_path / "trap" / ("Crack", "Rust")[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    s, script, _ = okd_train.read_run(run)
+    judge = compare.Judge(tmp_path / "trap", None, s, script, str(place / "blocks.py"), torch.device("cpu"), tmp_path)
+    found = compare.score_run(run, judge)
+    distances = [of["distance"] for of in found["groups"]]
+    assert found["chosen"] == line["chosen"] and found["best"]["distance"] == distances[line["chosen"]["best"] - 1]
+    assert distances[other - 1] == min(distances) < 0.5 * found["best"]["distance"]
+    assert found["groups"][other - 1]["variety"] == pytest.approx(1, abs=0.15)
+
+
+# ---------------------------------------------------------------------------------------------- going on
+def test_a_killed_study_goes_on_and_ends_the_same(place, study, tmp_path, monkeypatch, capsys):
+    """compare.py and its trainer are killed in a run; the next start finishes that run from its checkpoint."""
+    out, run = tmp_path / "study", tmp_path / "study/runs/single-seed1"
+    shutil.copytree(study, out)
+    whole = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(whole[:-1]) + whole[-1][:40])        # the last was being written
+    shutil.rmtree(run)
+    p = subprocess.Popen([sys.executable, compare.__file__, *command(place, out)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    trainer = int((run / ".lock").read_text().split()[1])
+    for pid in (p.pid, trainer):
+        os.kill(pid, signal.SIGKILL)
+    p.wait()
+    assert okd_train.load_file(run / "checkpoint.pt")["step"] < results(study)["single", 1]["step"]
+    ring = (out / "runs/ring-seed0/G1.best.pt").stat().st_mtime_ns
+    in_threads(monkeypatch)
+    compare.main(command(place, out))
+    ends = [{**of["single", 1], "seconds": 0} for of in (results(out), results(study))]
+    assert "Resumed at step" in capsys.readouterr().out
+    assert ends[0] == ends[1] and len(results(out)) == 6
+    assert ring == (out / "runs/ring-seed0/G1.best.pt").stat().st_mtime_ns
+
+
+def test_a_trainer_that_was_left_behind_is_waited_for(tmp_path, capsys):
+    with okd_train.Lock(tmp_path / "run") as lock:
+        lock.take(print)
+        waiting = threading.Thread(target=compare.wait_for_orphan, args=(tmp_path / "run", 0.05))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+    waiting.join(20)
+    assert not waiting.is_alive() and capsys.readouterr().out.count("is being trained by process") == 1
+
+
+def test_lines_of_two_machines_are_one_study(place, study, tmp_path, capsys):
+    """The runs themselves need not be there, and further arms' lines stay."""
+    out = tmp_path / "both"
+    out.mkdir()
+    lines = (study / "results.jsonl").read_text().splitlines(keepends=True)
+    foreign = json.dumps({**json.loads(lines[0]), "arm": "ring:rho=0.1"}) + "\n"
+    (out / "results.jsonl").write_text("".join(lines[3:] + [foreign] + lines[:3]))
+    argv = command(place, out)
+    compare.main([*argv, "--seeds", "1"])
+    assert "n = 2" in capsys.readouterr().out and not (out / "runs").exists()
+    assert len(results(out)) == 7 and "6 runs, 3 asked for" in (out / "study.html").read_text()
+    (tmp_path / "other.py").write_text(BLOCKS.replace("blocks", "other"))
+    parts = {part: str(place / "photos" / part) for part in ("train", "val", "test")}
+    swapped = ["--data", parts["train"], "--val", parts["test"], "--test", parts["val"]]
+    for more, words in ((["--batch-size", "5"], "--batch-size 4, not 5"), (["--steps", "3"], "--steps 4, not 3"),
+                        (["--features", str(tmp_path / "other.py")], "other photos or features"),
+                        (swapped, "other photos or features")):
+        assert words in refused(capsys, [*argv, *more])
+
+
+def test_a_run_that_fails_holds_up_no_other(place, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "study"
+    study = compare.Study(out, {"test": str(place / "photos/test")}, str(place / "blocks.py"), ["cpu"])
+    study.arms = dict.fromkeys(("a", "b"))
+    study.runs = [("a", 0), ("b", 0)]
+    monkeypatch.setattr(study, "share", lambda run: 0.5)
+    done = []
+
+    def one(name, seed):
+        if name == "a":
+            raise okd_train.UserError("a, seed 0: the loss is not finite")
+        done.append(name)
+    monkeypatch.setattr(study, "one", one)
+    assert study.go(1) == {("a", 0): "a, seed 0: the loss is not finite"} and done == ["b"]
+
+
+def test_when_it_will_be_done(tmp_path):
+    study = compare.Study(tmp_path, {}, "random", ["cpu"])
+    study.arms = {"ring": type("Arm", (), {"s": type("S", (), {"steps": 100})})}
+    study.runs, study.results = [("ring", k) for k in range(4)], {("ring", 0): None}
+    study.folder("ring", 1).mkdir(parents=True)
+    (study.folder("ring", 1) / "log.jsonl").write_text('{"step": 30}\n{"step": 50}\n{"st')
+    before = {("ring", 0): 0.0, ("ring", 1): 0.0, ("ring", 2): 0.0, ("ring", 3): 0.0}
+    words = study.forecast(before, {("ring", 3): "it failed"}, 3600)        # 1.5 runs an hour, 1.5 to go
+    assert words.startswith("1 of 4 runs are finished; all in 60 min, ")
+
+
+# ---------------------------------------------------------------------------------------------- photos and mistakes
+def test_half_of_the_test_photos_choose(tmp_path):
+    """Crops of one photo stay together, each class is halved, and a second start finds the same halves."""
+    folder, r = noise(tmp_path / "crops/test", ("Crack", "Rust"), 20), np.random.default_rng(0)
+    with open(tmp_path / "crops/crops.csv", "w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(("file", "photo"))
+        photo_of = {path: f"{path.parent.name}{r.integers(6)}.jpg" for path in sorted(folder.rglob("*.png"))}
+        table.writerows((path.relative_to(tmp_path / "crops"), photo) for path, photo in photo_of.items())
+    val, test = compare.halves_by_photo(folder, tmp_path / "study")
+    parts = [{path.relative_to(whole) for path in whole.rglob("*.png")} for whole in (val, test)]
+    assert parts[0] | parts[1] == {path.relative_to(folder) for path in photo_of} and not parts[0] & parts[1]
+    photos = [{photo_of[folder / path] for path in part} for part in parts]
+    assert not photos[0] & photos[1]
+    for name in ("Crack", "Rust"):
+        counts = [sum(photo.startswith(name) for photo in of) for of in photos]
+        assert sum(counts) >= 5 and abs(counts[0] - counts[1]) <= 1
+    before = {path: path.stat().st_mtime_ns for path in val.rglob("*")}
+    assert compare.halves_by_photo(folder, tmp_path / "study") == [val, test]
+    assert before == {path: path.stat().st_mtime_ns for path in val.rglob("*")}
+
+
+def test_parts_are_found_beside_one_another(place, tmp_path):
+    parts = lambda *argv: compare.find_parts(compare.arguments(["--data", *map(str, argv)])[0], tmp_path / "study")
+    photos = place / "photos"
+    assert parts(photos) == {name: str(photos / name) for name in ("train", "val", "test")}
+    found = parts(photos / "train", "--test", photos / "test")
+    assert found == {"train": str(photos / "train"), **{k: str(tmp_path / "study" / k) for k in ("val", "test")}}
+    assert [len(list(Path(found[part]).rglob("*.png"))) for part in ("val", "test")] == [7, 7]
+
+
+@pytest.mark.parametrize("more,words", [
+    (["--seeds", "0"], "--seeds 0: say how many"), (["--seeds", "5-3"], "--seeds 5-3"), (["--seeds", "x"], "--seeds x"),
+    (["--quick"], "--quick: the study"), (["--seed", "1"], "--seed: the study"), (["--epochs", "1"], "--steps"),
+    (["--groups", "1"], "two groups or more"), (["--rho", "0"], "a weight above 0"), (["--data", ""], "--data"),
+    (["--jobs", "0"], "--jobs"),
+    (["--features", "none"], "--features"), (["--features", "gone.py"], "gone.py: no such file"),
+    (["--test", "nowhere"], "no such folder"), (["--arms", "ring:beta7=1"], "arm ring:beta7=1: "),
+    (["--arms", "ring:rho=x"], "arm ring:rho=x: "), (["--arms", "ring:seed=3"], "the same for all arms"),
+    (["--batch-size", "0"], "--batch-size"), (["--loss", "no"], "loss")])
+def test_mistakes(place, tmp_path, capsys, monkeypatch, more, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, [*command(place, "study"), *more])
+    assert not Path("study/runs").exists() and not Path("study/results.jsonl").exists()
+
+
+def test_classes_of_all_parts_are_the_same(place, tmp_path, capsys):
+    test = noise(tmp_path / "test", ("Crack", "Stain"), 6)
+    argv = [*command(place, tmp_path / "study"), "--data", str(place / "photos/train"), "--test", str(test)]
+    assert "test Crack, Stain: they must be the same" in refused(capsys, [*argv, "--val", str(place / "photos/val")])
+
+
+def test_parts_that_are_missing_or_the_same(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = str(place / "photos/train")
+    assert "--test DIR is missing" in refused(capsys, ["--data", train])
+    assert "--data DIR is missing" in refused(capsys, [])
+    argv = ["--data", train, "--val", str(place / "photos/val"), "--test"]
+    assert "takes three folders" in refused(capsys, [*argv, f"{train}/../train"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "one process" in refused(capsys, [*argv, train])
