@@ -308,8 +308,8 @@ def test_an_image_that_vanishes_between_listing_and_decoding(photos, tmp_path, c
     assert "1 of 16 images cannot be read" in text and "3.png" in text and not (tmp_path / "run").exists()
     find = fid.find_images
 
-    def find_images(folder):
-        found = find(folder)
+    def find_images(folder, say=None):
+        found = find(folder, say)
         for path in found[0][:1]:
             if tmp_path in path.parents:
                 path.unlink()
