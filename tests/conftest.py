@@ -1,5 +1,6 @@
 """For all tests: the scripts are importable, Triton is interpreted where no GPU is, GPU tests skip with a reason."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,12 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"      # must stand before the first import of triton
+
+
+# Under nohup, or in the background of a script, they are ignored, and so they would be in the scripts under test.
+for name in ("SIGHUP", "SIGINT"):
+    if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.SIG_DFL if name == "SIGHUP" else signal.default_int_handler)
 
 
 def pytest_configure(config):

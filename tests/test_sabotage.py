@@ -318,6 +318,7 @@ def test_ranks_end_with_their_launcher(photos, tmp_path):
 
 def test_without_a_launcher_a_parent_that_ends_does_not_matter(calm, tmp_path, monkeypatch):
     """As with nohup, or a shell that ends: the process gets another parent and goes on."""
+    monkeypatch.setattr(okd_train, "PARENT", 12345)
     monkeypatch.setattr(os, "getppid", lambda: 1)
     stop = okd_train.Stop()
     assert not stop.signal
