@@ -779,8 +779,8 @@ def check_out(plan):
         return
     steps = s.steps if s.epochs is None else math.ceil(s.epochs * plan.images / (s.batch_size * s.n_critic))
     per_group = sizes["generator"] + 2 * sizes["checkpoint"]
-    per_group += sizes["picture"] * (2 + steps // s.sample_every) + sizes["line"] * (1 + steps // s.log_every)
-    need = sizes["generator"] + s.groups * per_group                # one G1.pt more, while it is replaced
+    per_group += sizes["picture"] * math.ceil(steps / s.sample_every) + sizes["line"] * (1 + steps // s.log_every)
+    need = s.groups * per_group + sizes["generator"] + 2 * sizes["picture"]     # a G1.pt being replaced, and real.png
     if s.fid_every:
         need += sizes["generator"] * s.groups + plan.images * 4 * 2048
     free = shutil.disk_usage(place).free
