@@ -74,7 +74,7 @@ OWN_LOSS_HPARAMS = dict(lambda_gp=10.0)     # named by the losses below, for scr
 
 # --quick: the recipe "small" at 32x32 for some minutes. At this size a step costs the number of its operations, not
 # their arithmetic, so a larger batch is nearly free. Only keys that the model script has are set.
-QUICK = dict(image_size=32, steps=1500, max_seconds=270, sample_every=150, save_every=300)
+QUICK = dict(image_size=32, steps=2500, max_seconds=270, sample_every=250, save_every=500)
 SMALL = dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4)       # "small" of scripts that bring no recipe
 
 EMA = 0.999                     # of the generators; all that is looked at or scored comes from the average
