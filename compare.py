@@ -237,7 +237,7 @@ class Study:
         words = f"{sum(run in self.results for run in self.runs)} of {len(self.runs)} runs are finished"
         if done and left:
             rest = seconds * left / done
-            words += f"; all in {okd_train.span(rest)}, {time.strftime('%a %H:%M', time.localtime(time.time() + rest))}"
+            words += f"; all in {okd_train.span(rest)}"
         return words + (f"; see {self.out / 'study.html'}" if self.results else "")
 
 

@@ -322,7 +322,7 @@ def test_when_it_will_be_done(tmp_path):
     (study.folder("ring", 1) / "log.jsonl").write_text('{"step": 30}\n{"step": 50}\n{"st')
     before = {("ring", 0): 0.0, ("ring", 1): 0.0, ("ring", 2): 0.0, ("ring", 3): 0.0}
     words = study.forecast(before, {("ring", 3): "it failed"}, 3600)        # 1.5 runs an hour, 1.5 to go
-    assert words.startswith("1 of 4 runs are finished; all in 60 min, ")
+    assert words == "1 of 4 runs are finished; all in 60 min; see " + str(tmp_path / "study.html")
 
 
 # ---------------------------------------------------------------------------------------------- photos and mistakes

@@ -237,7 +237,7 @@ def test_every_command_of_the_gpu_script_is_taken(root, accepts):
 
 def test_every_flag_exists(pages, root, capsys):
     """Also of those that stand alone in a sentence."""
-    benches = ["kernels.bench_attention", "tests.bench_step", "tests.bench_ranks"]
+    benches = ["kernels.bench_attention", "tests.bench_step", "tests.bench_ranks", "tests.bench_recipe"]
     for name in [p.stem for p in root.glob("*.py")] + benches:
         module = importlib.import_module(name)
         with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as m:
