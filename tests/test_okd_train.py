@@ -618,17 +618,18 @@ def test_on_log_keeps_the_run_in_this_process(monkeypatch):
     assert count() == 1
 
 
-def test_kill_9_at_random_moments(photos, tmp_path):
+def test_kill_9_at_a_random_moment(photos, tmp_path):
+    """A real process; tests/test_sabotage.py strikes at every kind of write, again and again."""
     every = ["--log-every", "1", "--save-every", "3", "--sample-every", "1000"]
     common = ["--model", "sagan", "--groups", "2", *TINY, "--data", photos, "--steps", "40", *every]
     train(*common, "--out", tmp_path / "whole")
     parts, r, kills = tmp_path / "parts", random.Random(4), 0
-    for attempt in range(12):
+    for attempt in range(3):
         resume = ["--resume"] if (parts / "checkpoint.pt").exists() else []
         p = start(*common, "--out", parts, *resume, stderr=subprocess.STDOUT)
         size = (parts / "log.jsonl").stat().st_size if resume else 0
         deadline = time.monotonic() + 60
-        while attempt < 3 and p.poll() is None and time.monotonic() < deadline:
+        while attempt < 1 and p.poll() is None and time.monotonic() < deadline:
             lines = (parts / "log.jsonl").read_text().count("\n") if (parts / "log.jsonl").exists() else 0
             if (parts / "checkpoint.pt").exists() and lines > 0 and (parts / "log.jsonl").stat().st_size > size:
                 time.sleep(r.random() * 0.25)
@@ -636,7 +637,7 @@ def test_kill_9_at_random_moments(photos, tmp_path):
                 kills += p.wait() == -signal.SIGKILL
         if p.wait(60) == 0:
             break
-    assert kills >= 2 and p.returncode == 0
+    assert kills == 1 and p.returncode == 0
     assert_same(*(checkpoint(tmp_path / d) for d in ("whole", "parts")))
     assert logs(tmp_path / "whole") == logs(parts) and [x["step"] for x in logs(parts)] == list(range(1, 41))
 
