@@ -620,8 +620,8 @@ def test_on_log_keeps_the_run_in_this_process(monkeypatch):
 
 def test_kill_9_at_a_random_moment(photos, tmp_path):
     """A real process; tests/test_sabotage.py strikes at every kind of write, again and again."""
-    every = ["--log-every", "1", "--save-every", "3", "--sample-every", "1000"]
-    common = ["--model", "sagan", "--groups", "2", *TINY, "--data", photos, "--steps", "40", *every]
+    every = ["--log-every", "1", "--save-every", "8", "--sample-every", "1000"]
+    common = ["--model", "sagan", "--groups", "2", *TINY, "--data", photos, "--steps", "24", *every]
     train(*common, "--out", tmp_path / "whole")
     parts, r, kills = tmp_path / "parts", random.Random(4), 0
     for attempt in range(3):
@@ -639,7 +639,7 @@ def test_kill_9_at_a_random_moment(photos, tmp_path):
             break
     assert kills == 1 and p.returncode == 0
     assert_same(*(checkpoint(tmp_path / d) for d in ("whole", "parts")))
-    assert logs(tmp_path / "whole") == logs(parts) and [x["step"] for x in logs(parts)] == list(range(1, 41))
+    assert logs(tmp_path / "whole") == logs(parts) and [x["step"] for x in logs(parts)] == list(range(1, 25))
 
 
 def test_a_state_on_the_cpu_is_a_copy_that_keeps_what_torch_notes_on_it():
