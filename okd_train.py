@@ -78,7 +78,7 @@ QUICK = dict(image_size=32, steps=2500, max_seconds=270, sample_every=250, save_
 SMALL = dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4)       # "small" of scripts that bring no recipe
 
 EMA = 0.999                     # of the generators; all that is looked at or scored comes from the average
-NORM_CHUNKS = 4                 # of CHUNK fakes, for the averages' BatchNorm statistics; ten times as many were no better
+NORM_CHUNKS = 4                 # of CHUNK fakes, for the averages' BatchNorm statistics; ten times more were no better
 CHUNK = 50                      # images per forward when sampling: fixed, so that an image does not depend on how many
                                 # are asked for
 NORMS_TOGETHER = {"cuda"}       # devices on which a launch costs more than its work: spectral norms are made together
