@@ -11,8 +11,13 @@ Train three that teach each other:
 Source: A. Odena et al., Conditional Image Synthesis with Auxiliary Classifier GANs, 2017, with networks for 64x64
 in place of the toy sizes; at 64x64 G has 3.8 M parameters, D and the connector 2.8 M each.
 """
+import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":      # until main() has words for it: Ctrl-C while torch is imported
+    on_ctrl_c = signal.signal(signal.SIGINT, lambda *_: on_ctrl_c == signal.SIG_IGN or os._exit(130))
 
 import torch
 from torch import nn
@@ -207,4 +212,5 @@ if __name__ == "__main__":
         sys.exit(2)
     sys.path.insert(0, str(here.parent))
     import okd_train
+    signal.signal(signal.SIGINT, on_ctrl_c)
     okd_train.main(["--model", __file__, "--groups", "1", *sys.argv[1:]])

@@ -51,6 +51,9 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":      # until main() has words for it: Ctrl-C while numpy is imported
+    on_ctrl_c = signal.signal(signal.SIGINT, lambda *_: on_ctrl_c == signal.SIG_IGN or os._exit(130))
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -1110,16 +1113,26 @@ def cores():
 
 def guarded(program, work):
     """Run work() and return the exit status; what the user can mend becomes one line on stderr."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")                   # closed: nobody is to be told
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")              # names that are no text must not end the run
     try:
+        if sys.stdout is None:
+            raise CropError("stdout is closed; send it to a file, or to /dev/null")
         work()
+        sys.stdout.flush()
         return 0
     except CropError as e:
         return one_line(program, e)
     except OSError as e:
-        return one_line(program, f"{e.filename or ''}: {e.strerror or e}")
+        try:
+            sys.stdout.flush()
+        except OSError:                                                # what is left in its buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return one_line(program, f"{e.filename or 'stdout or a new file'}: {e.strerror or e}")
+    except UnicodeEncodeError as e:
+        return one_line(program, f"the locale has no letters for {e.object!r}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8")
     except ValueError as e:
         if "null" not in str(e):                                       # a null character in a path
             raise
@@ -1156,4 +1169,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, on_term)
+    signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())

@@ -38,6 +38,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -46,6 +47,9 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":      # until main() has words for it: Ctrl-C while numpy is imported
+    on_ctrl_c = signal.signal(signal.SIGINT, lambda *_: on_ctrl_c == signal.SIG_IGN or os._exit(130))
 
 import numpy as np
 
@@ -2023,22 +2027,48 @@ def main(argv=None):
     warnings.showwarning = lambda message, *_, **__: _say(f"warning: {str(message).splitlines()[0]}")
     try:
         rank, world = _ranks()
-        _run(sys.argv[1:] if argv is None else argv, rank, world)
-        sys.stdout.flush()
+        with standard_streams():
+            _run(sys.argv[1:] if argv is None else argv, rank, world)
         return 0
+    except BrokenPipeError:
+        return 141
     except (FidError, OSError) as e:            # OSError: stdout on a full disk, a folder that went away
-        if isinstance(e, OSError):              # what is left in stdout's buffer goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if isinstance(e, BrokenPipeError):
-            return 141
         if rank:                                # mostly rank 0 says the same, and the launcher ends us with it:
             time.sleep(5)                       # who is left after that has met an error of its own
-        print(f"fid.py: {f'rank {rank}: ' if rank else ''}{one_line(e)}", file=sys.stderr, flush=True)
+        line = f"fid.py: {f'rank {rank}: ' if rank else ''}{one_line(e)}"
+        print(line, file=sys.stderr, flush=True)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:                 # torchrun's own report then ends with our line
+            said = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": said}))
         return 2
     except KeyboardInterrupt:
         return 130
     finally:
         warnings.showwarning = shown
+
+
+@contextlib.contextmanager
+def standard_streams():
+    """For a command line: FidError where stdout is closed; what cannot be written to it fails inside, not at the end.
+
+    A closed stderr takes what it is given. Names that are no text are spelled out, and FidError says which the locale
+    has no letters for.
+    """
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if sys.stdout is None:
+        raise FidError("stdout is closed; send it to a file, or to /dev/null")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except UnicodeEncodeError as e:
+        raise FidError(f"the locale has no letters for {e.object!r}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8") from None
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:                         # what is left in its buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
 
 
 def _ranks():
@@ -2069,5 +2099,5 @@ def one_line(text):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # file names need not be text
+    signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())

@@ -22,11 +22,15 @@ import argparse
 import csv
 import json
 import os
+import signal
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+if __name__ == "__main__":      # until main() has words for it: Ctrl-C while numpy is imported
+    on_ctrl_c = signal.signal(signal.SIGINT, lambda *_: on_ctrl_c == signal.SIG_IGN or os._exit(130))
 
 import numpy as np
 
@@ -342,10 +346,9 @@ def arguments(argv):
 def main(argv=None):
     """Run the command line; returns the exit status. 2 with one line on stderr for what the user can mend."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), fid.standard_streams():
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
             run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
         return 0
     except (fid.FidError, OSError) as e:
         say(f"labels.py: {e}")
@@ -359,5 +362,5 @@ def say(line):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")               # file names need not be text
+    signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())

@@ -49,6 +49,9 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
 
+if __name__ == "__main__":      # until main() has words for it: Ctrl-C while torch is imported
+    on_ctrl_c = signal.signal(signal.SIGINT, lambda *_: on_ctrl_c == signal.SIG_IGN or os._exit(130))
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -1022,17 +1025,17 @@ class Ranks:
         """Join the process group, and make one for the ranks of every group and of this machine."""
         nccl = self.device.type == "cuda" and self.local_world <= torch.cuda.device_count()
         self.staged = self.device.type == "cuda" and not nccl       # two ranks on one GPU: images go by the CPU
-        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = meet()
         self.store = dist.PrefixStore(self.attempt(store), store)
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-        dist.init_process_group(backend, store=self.store, rank=rank, world_size=world, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world, timeout=TIMEOUT)
         for ranks in self.owners.values():      # every rank takes part in making every process group
             made = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) > 1 else None
             if self.rank in ranks:
                 self.peers = made
         firsts = self.everyone(self.rank - self.local_rank)
         for first in sorted(set(firsts)):
-            members = [r for r in range(world) if firsts[r] == first]
+            members = [r for r in range(self.world) if firsts[r] == first]
             made = dist.new_group(members, timeout=TIMEOUT, backend="gloo")
             if self.rank in members:
                 self.node = made
@@ -2602,7 +2605,7 @@ def describe(device):
 
 def keep_freed_memory():
     """Let glibc keep what is freed: attention matrices (105 MB each at batch 25) else fault in page by page."""
-    with contextlib.suppress(OSError, AttributeError):              # another C library: nothing to set
+    with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library, or Windows: nothing to set
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                                              # M_MMAP_MAX: no block is mapped by itself
         mallopt(-1, 2 ** 31 - 1)                                    # M_TRIM_THRESHOLD: do not shrink the heap
@@ -2674,15 +2677,24 @@ def agent():
         return os.environ[OUTER]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
-    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))  # run ids and process numbers return in containers
-    return store.compare_set("okd/agent", "", uuid.uuid4().hex).decode()
+    return meet().compare_set("okd/agent", "", uuid.uuid4().hex).decode()      # run ids return in containers
+
+
+def meet():
+    """The store of the launcher, or of rank 0, that all processes know by their environment."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        return store
+    except (RuntimeError, ValueError) as e:
+        at = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(f"the processes cannot meet at {at}: {brief(e)}; start them with torchrun") from e
 
 
 def check_launcher():
     """Refuse an environment that no launcher sets: sizes run from 1 to WORLD_SIZE, ranks from 0 to one less."""
     world = os.environ.get("WORLD_SIZE", "1")
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        value, least = os.environ.get(name), int(name.endswith("SIZE"))
+        value, least = os.environ.get(name, "" if name == "RANK" and world != "1" else None), int(name.endswith("SIZE"))
         if value is not None and not (re.fullmatch("[0-9]{1,9}", value) and least <= int(value) < int(world) + least):
             os.environ.pop("RANK", None)                            # guarded() reads from it who speaks of an error
             raise UserError(f"the environment has {name}={value!r} and WORLD_SIZE={world!r}; torchrun sets them to "
@@ -2733,10 +2745,14 @@ def beside(name, what="this"):
         raise UserError(f"{what} needs {path.relative_to(folder)} beside {Path(__file__).name}; it is not in {folder}")
     top = name.partition(".")[0]
     with contextlib.suppress(ValueError):                           # a module made by hand, which has no spec
-        found = importlib.util.find_spec(top)                       # found, not run
-        places = [found.origin, *(found.submodule_search_locations or [])] if found else []
-        if any(Path(place).resolve() in (folder / top, folder / f"{top}.py") for place in places if place):
-            return importlib.import_module(name)
+        sys.path.append(str(folder))                                # python -I and -P leave it out
+        try:
+            found = importlib.util.find_spec(top)                   # found, not run
+            places = [found.origin, *(found.submodule_search_locations or [])]
+            if any(Path(place).resolve() in (folder / top, folder / f"{top}.py") for place in places if place):
+                return importlib.import_module(name)
+        finally:
+            sys.path.pop()
     name = f"okd_gan.{name}"                                        # another program's module has our name
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -2754,29 +2770,66 @@ def kernel(name):
 
 def guarded(program, work):
     """Run work(); what the user can mend becomes a line on stderr and exit status 2, Ctrl-C 130."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")                # closed: nobody is to be told
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")           # file names need not be text
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # what it warns of is refused
     try:
+        if sys.stdout is None:
+            raise UserError("stdout is closed; send it to a file, or to /dev/null")
         check_launcher()
-        work()
-    except (UserError, OSError) as e:       # OSError: stdout on a full disk or closed, a long name
-        rank = int(os.environ.get("RANK", 0))
-        if rank:            # mostly rank 0 says the same, and the launcher ends us with it:
-            time.sleep(5)   # who is left after that has met an error of its own
-        print(f"{program}: error: {f'rank {rank}: ' if rank else ''}{one_line(e)}", file=sys.stderr, flush=True)
-        if isinstance(e, OSError):
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-        raise SystemExit(2) from None
+        try:
+            return work()
+        finally:
+            flush_stdout()
+    except KeyboardInterrupt:
+        status, words, late = 130, "interrupted", False
+    except (UserError, OSError, UnicodeEncodeError) as e:   # OSError: stdout on a full disk or gone, a long name
+        rank = rank_here()
+        status, words, late = 2, f"error: {f'rank {rank}: ' if rank else ''}{one_line(in_words(e))}", rank > 0
     except RuntimeError as e:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
-        print(f"{program}: rank {os.environ['RANK']} cannot go on: {brief(e)}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        status, words, late = 1, f"rank {rank_here()} cannot go on: {brief(e)}", True
+    leave(program, status, words, late)
+
+
+def leave(program, status, words, late):
+    """End with a line on stderr. late: what this rank met is said only if the launcher does not end it meanwhile, as
+    mostly rank 0 says the same, or what this one met is the end of another.
+
+    Outside of any `except`: an error holds the process groups, whose threads are to end before the interpreter does.
+    """
+    if late:
+        time.sleep(5)
+    print(f"{'' if status != 130 else chr(10)}{program}: {words}", file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):         # with which torchrun's own report of the error ends
+        with contextlib.suppress(OSError):
+            note = {"message": f"{program}: {words}", "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(report).write_text(json.dumps({"message": note}))
+    if dist.is_initialized() and "nccl" not in str(dist.get_backend_config()):      # whose end might wait for others
+        dist.destroy_process_group()
+    raise SystemExit(status)
+
+
+def flush_stdout():
+    """Write what is in its buffer, or raise OSError; the interpreter, as it ends, finds nothing that it could not."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def in_words(error):
+    """What to tell of an error that the user can mend."""
+    if not isinstance(error, UnicodeEncodeError):
+        return error
+    return f"the locale has no letters for {error.object!r}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+
+
+def rank_here():
+    return int(os.environ.get("RANK", 0))
 
 
 def run(argv):
@@ -2798,4 +2851,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_ctrl_c)
     main()

@@ -24,8 +24,12 @@ import itertools
 import math
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":      # until main() has words for it: Ctrl-C while torch is imported
+    on_ctrl_c = signal.signal(signal.SIGINT, lambda *_: on_ctrl_c == signal.SIG_IGN or os._exit(130))
 
 import numpy as np
 import torch
@@ -886,4 +890,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_ctrl_c)
     main()

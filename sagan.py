@@ -17,8 +17,13 @@ differs: that code norms a transposed convolution's weight (in, out, 4, 4) as a 
 rows, as Miyato et al. define it and torch does it. Its checkpoints load: from_reference in tests/test_sagan.py.
 """
 import importlib.util
+import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":      # until main() has words for it: Ctrl-C while torch is imported
+    on_ctrl_c = signal.signal(signal.SIGINT, lambda *_: on_ctrl_c == signal.SIG_IGN or os._exit(130))
 
 import torch
 from torch import nn
@@ -234,4 +239,5 @@ if __name__ == "__main__":
         sys.exit(2)
     sys.path.insert(0, str(here.parent))
     import okd_train
+    signal.signal(signal.SIGINT, on_ctrl_c)
     okd_train.main(["--model", __file__, "--groups", "1", *sys.argv[1:]])

@@ -21,10 +21,14 @@ import argparse
 import concurrent.futures
 import functools
 import importlib.util
+import os
 import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":      # until main() has words for it: Ctrl-C while numpy is imported
+    on_ctrl_c = signal.signal(signal.SIGINT, lambda *_: on_ctrl_c == signal.SIG_IGN or os._exit(130))
 
 import numpy as np
 from PIL import Image
@@ -575,4 +579,5 @@ def main(argv=None):
 if __name__ == "__main__":
     if crop_codebrim is not None:
         signal.signal(signal.SIGTERM, crop_codebrim.on_term)
+    signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())

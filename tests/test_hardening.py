@@ -160,7 +160,8 @@ def test_any_file_that_cannot_be_written(name, base, finished, tmp_path, capsys,
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
-def test_stdout_on_a_full_disk_or_closed(base, tmp_path):
+def test_stdout_on_a_full_disk_or_closed(base, tmp_path, monkeypatch):
+    monkeypatch.delitem(ENV, "PYTHONUNBUFFERED", raising=False)     # with it nothing is left for the end
     with open("/dev/full", "w") as full:
         ps = [start(*base[:-1], tmp_path / f"run{k}", "--steps", "1", stdout=out)
               for k, out in enumerate((full, subprocess.PIPE))]
