@@ -1206,13 +1206,15 @@ def check_split(script, s, group):
     of_critic = (real, fake, *y, *y)
     for name in ("discriminator_loss", "connector_loss", "generator_loss"):
         f, args = getattr(script, name), (fake, *y) if name == "generator_loss" else of_critic
-        if not takes(f, "eps") and name != "generator_loss":        # a penalty that draws cannot be compared
-            continue
         values = []
-        for rows in HALVES:
+        for rows in (*HALVES, HALVES[0]):
             value, _ = with_logs(f(D, *(v[rows] for v in args), **bind(f, {**vars(s), "eps": eps[rows]})))
             values.append(value.detach())
-        script.must(alike(values[0], (values[1] + values[2]) / 2), f": {name} is not a mean over the batch, {hint}")
+        mean, draws = alike(values[0], (values[1] + values[2]) / 2), not torch.equal(values[0], values[3])
+        if draws and not takes(f, "eps") and name != "generator_loss":              # a penalty that draws for itself
+            continue
+        why = "draws random numbers by itself, others in each process" if draws else "is not a mean over the batch"
+        script.must(mean, f": {name} {why}, {hint}")
     for net in nets.values():
         net.train()
 

@@ -280,20 +280,47 @@ def generator_loss(D, fake):
 '''
 
 
+RELATIVISTIC = OTHER + '''
+def discriminator_loss(D, real, fake):
+    return (D(fake).mean() - D(real).mean()).exp()
+'''
+AUGMENTED = OTHER + '''
+def generator_loss(D, fake):
+    return -D(fake + torch.rand(len(fake), 1, 1, 1)).mean()
+'''
+NOISY = OTHER + '''
+import numpy as np
+def connector_loss(C, neighbour, own, eps):
+    return C(own).mean() - C(neighbour + np.random.rand()).mean()
+'''
+
+
 @pytest.mark.parametrize("text, complaint", [
+    (AUGMENTED, "generator_loss draws random numbers by itself"),
+    (NOISY, "connector_loss draws random numbers by itself"),
+    (RELATIVISTIC, "discriminator_loss is not a mean over the batch"),
     (MIXING, "layer Discriminator (Discriminator)"),
     (DEVIATION, "layer f.0 (Spread) of Discriminator mixes"),
     (RELATIVE, "generator_loss is not a mean over the batch")])
 def test_what_cannot_be_split_is_refused_by_name(text, complaint, tmp_path):
+    with pytest.raises(okd_train.UserError) as e:
+        okd_train.check_split(*script_of(text, tmp_path))
+    assert complaint in str(e.value) and "--nproc 1" in str(e.value)
+
+
+def script_of(text, tmp_path):
+    """What check_split is given for a model script of this text."""
     path = tmp_path / "mixing.py"
     path.write_text(text)
     s, script, named = okd_train.parse(["--model", str(path), "--groups", "1"])
     okd_train.settle(s, script, named)
     data = okd_train.Data(torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.zeros(8), [], s, torch.device("cpu"))
-    t = okd_train.Trainer(script, s, data, torch.device("cpu"))
-    with pytest.raises(okd_train.UserError) as e:
-        okd_train.check_split(script, s, t.groups[0])
-    assert complaint in str(e.value) and "--nproc 1" in str(e.value)
+    return script, s, okd_train.Trainer(script, s, data, torch.device("cpu")).groups[0]
+
+
+def test_a_penalty_that_draws_for_itself_may_be_split(tmp_path):
+    text = NOISY.replace("connector_loss", "discriminator_loss").replace(", eps)", ")")
+    okd_train.check_split(*script_of(text, tmp_path))
 
 
 def test_more_processes_than_groups_train_and_resume(photos, tmp_path):
