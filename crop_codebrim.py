@@ -68,11 +68,11 @@ class CropError(Exception):
 
 
 class Unusable(Exception):
-    """Why a file or box is left out, and which one if it is not the one being read."""
+    """Why a file or box is left out, and which photos it might have been of."""
 
-    def __init__(self, reason, what=None, where=None):
+    def __init__(self, reason, names=()):
         super().__init__(reason)
-        self.what, self.where = what, where
+        self.names = names
 
 
 class Photo(NamedTuple):
@@ -84,17 +84,37 @@ class Photo(NamedTuple):
     taken: tuple                # (x0, y0, x1, y1) of everything marked as defect, usable or not
     certain: bool               # every mark has a place that could be read
     names: tuple                # all classes that the flags of its boxes name, set or not
+    frame: str = ""             # "turned": its boxes were drawn as EXIF shows it; "unclear": nobody can know
 
 
 class Box(NamedTuple):
     """Pixels x0 <= x < x1, y0 <= y < y1 of the stored photo."""
 
-    index: int                  # place among the <object>s of the XML, from 0
+    index: int                  # place among the marks of the photo, from 0: the <object>s of its XML
     x0: int
     y0: int
     x1: int
     y1: int
     flags: tuple                # of sorted class names
+
+
+class Claim(NamedTuple):
+    """What one file says of one photo, whatever its format: every reader gives these."""
+
+    source: str                 # name of the file in the tree
+    filename: str = None        # of the photo, as the file gives it
+    size: tuple = None          # of the photo (width, height), likewise
+    marks: tuple = ()           # of Marks; none: a photo without any defect
+    unit: str = "object"        # what the file calls a mark
+    reason: str = None          # why the file cannot be read
+
+
+class Mark(NamedTuple):
+    index: int                  # place in its file
+    place: tuple = None         # x0, y0, x1, y1, half-open, from 0; None: unknown
+    flags: tuple = ()           # classes as written
+    named: tuple = ()           # all flags, set or not, where there are flags
+    reason: str = None          # why it gives no box
 
 
 class Skip(NamedTuple):
@@ -115,11 +135,12 @@ class Window(NamedTuple):
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
-def crop_folder(source, target, sheet=None, **choices):
-    """Cut `source` into the new folder `target` and print the closing table; choices as for crops()."""
+def crop_folder(source, target, sheet=None, exif=None, **choices):
+    """Cut `source` into the new folder `target` and print the closing table; exif as for read_annotations(), choices as
+    for crops()."""
     source, target = Path(source), Path(target)
     check_places(source, target, sheet)
-    photos, skipped = read_annotations(source)
+    photos, skipped = read_annotations(source, exif)
     started = time.monotonic()
     with whole_or_not(target) as work:
         rows, made, notes = [], set(), []
@@ -140,7 +161,8 @@ def crop_folder(source, target, sheet=None, **choices):
             kind = "PNG" if Path(sheet).suffix.lower() == ".png" else "JPEG"
             draw_sheet(work, rows, len(image)).save(part, format=kind)
             os.replace(part, sheet)
-    print("\n".join(notes), end="\n" * bool(notes))
+    for note in [*notes, *frame_notes(photos)]:
+        print(note)
     print_table(rows, skipped, choices.get("split"))
     print(f"{len(rows)} crops in {target}, {time.monotonic() - started:.1f} s")
 
@@ -173,7 +195,7 @@ def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", bala
         photos, left_out = read_annotations(photos)
         skipped += left_out
     buckets = plan_buckets(photos, n, size, seed, window, label, balance, background, small, split, skipped)
-    stems, names = safe_stems(photos), columns(photos)
+    stems, names, folders = safe_stems(photos), columns(photos), class_folders(photos)
     rows, used, broken, seen = [], collections.defaultdict(set), set(), set()
     done = total = n_crops = 0
     declared, odd = limits is not None, collections.defaultdict(list)
@@ -203,7 +225,7 @@ def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", bala
                     images = []
                 for r, image in zip(todo[name], images):
                     n_crops += 1
-                    yield row_of(r, stems[name], names), image
+                    yield row_of(r, stems[name], names, folders[r.label]), image
                 done += 1
                 if progress:
                     progress(done, total, n_crops)
@@ -284,11 +306,11 @@ def kept_blocks(blocks):
         Image.core.set_blocks_max(before)
 
 
-def row_of(r, stem, names):
+def row_of(r, stem, names, folder):
     """The line of crops.csv of a window."""
     box, flags = (r.box.index, r.box.flags) if r.box else ("", (BACKGROUND,))
     file = f"{stem}_{'bg' if r.box is None else box}_{r.x}_{r.y}.png"
-    file = "/".join(part for part in (r.bucket.split, r.label, file) if part)
+    file = "/".join(part for part in (r.bucket.split, folder, file) if part)
     row = dict(file=file, photo=r.photo.name, box=box, x=r.x, y=r.y, side=r.side)
     row.update((column, int(flag in flags)) for flag, column in names.items())
     row.update({"class": r.label, "split": r.bucket.split})
@@ -495,7 +517,8 @@ def assign_splits(photos, split, rarity, seed):
         alone = alike[size[p.name]] == 1
         twins[p.name if alone else hashlib.sha256(p.path.read_bytes()).hexdigest()].append(p)
     groups = Dice(seed, key("split")).shuffled(list(twins.values()))
-    groups.sort(key=lambda group: min(rarity[f] for p in group for b in p.boxes for f in b.flags))
+    rarest = lambda group: min((rarity[f] for p in group for b in p.boxes for f in b.flags), default=(math.inf, ""))
+    groups.sort(key=rarest)
     have, whole, done, out = dict.fromkeys(split, 0), sum(split.values()), 0, {}
     for group in groups:
         done += len(group)
@@ -554,40 +577,143 @@ def key(text):
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-def read_annotations(root):
-    """Read all XML files below root: (photos, skipped).
+def read_annotations(root, exif=None):
+    """Read all annotations below root: (photos, skipped).
 
-    photos: list of Photo sorted by name, each with at least one usable box; skipped: list of Skip. Photos are opened
-    for their size, not decoded. Raises CropError if root holds no annotation at all.
+    photos: list of Photo sorted by name, each with a usable box or annotated as free of any; skipped: list of Skip,
+    one of them for every other photo. Photos are opened for their size, not decoded. exif: "stored" or "turned", the
+    pixels in which boxes lie where neither EXIF nor the size in the annotation tells; None: stored, and frame_notes()
+    says so. Raises CropError if root holds no annotation at all.
     """
     root = Path(root)
     if not root.is_dir():
         unpack = "; unpack it first (7-Zip reads CODEBRIM's archives where others fail)"
         raise CropError(f"{root}: no such folder{unpack if root.suffix.lower() == '.zip' else ''}")
     files, skipped = walk(root)
-    xmls = [(n, p) for n, p in files if p.suffix.lower() == ".xml"]
-    pictures = [(n, p) for n, p in files if p.suffix.lower() in IMAGE_TYPES]
-    unread = [(n, p) for n, p in files if p.suffix.lower() in UNREAD_TYPES]
-    skipped += [Skip("photo", n, f"photo of a type that is not read: {p.suffix.lower()[1:]}") for n, p in unread]
-    if not xmls:
+    pictures = Pictures(files)
+    skipped += [Skip("photo", n, f"photo of a type that is not read: {t}") for n, t in pictures.unread.items()]
+    claims = list(voc_claims(files))
+    if not claims:
         raise CropError(f"{root}: no .xml files in it; expected annotations/NAME.xml for images/NAME.jpg")
-    index, photos, owner = PhotoIndex(pictures), [], set()
-    for name, path in xmls:
+    owned, doubtful = pictures.share_out(claims, skipped)
+    spelling = settle_classes(claims)
+    stems = {folded(Path(name).stem) for name in owned}
+    photos = []
+    for name, path in pictures.paths.items():
         try:
-            photo, skips = read_annotation(path, name, index)
-            if photo.name in owner:
-                raise Unusable("second annotation of a photo")
-            owner.add(photo.name)
-        except Unusable as e:
-            skipped.append(Skip(e.what or "annotation", e.where or name, str(e)))
-            continue
-        skipped += skips
-        if photo.boxes:
+            if name not in owned:
+                other = " of its own (a mask, a drawing or a copy?)" if folded(Path(name).stem) in stems else ""
+                raise Unusable(f"photo without annotation{other}")
+            photo, skips = read_photo(name, path, owned[name], exif, spelling, name not in doubtful)
+            skipped += skips
+            if not photo.boxes and any(claim.marks for claim in owned[name]):
+                raise Unusable("photo without a usable box")
             photos.append(photo)
-    stems = {folded(p.stem) for _, p in xmls}
-    alone = [n for n, p in pictures if n not in owner and folded(p.stem) not in stems]
-    skipped += [Skip("photo", n, "photo without annotation") for n in alone]
-    return sorted(photos, key=lambda p: p.name), skipped
+        except Unusable as e:
+            skipped.append(Skip("photo", name, str(e)))
+    return photos, skipped
+
+
+def read_photo(name, path, claims, exif, spelling, certain):
+    """(Photo, skips) from all that its annotations say; raises Unusable."""
+    if all(claim.reason for claim in claims):
+        raise Unusable("photo whose annotation cannot be read")
+    with open_photo(path) as photo:
+        width, height = photo.size
+        turn = orientation(photo)
+    boxes, taken, names, skips, frame, n = {}, [], set(), [], "", -1
+    certain = certain and not any(claim.reason for claim in claims)    # else a defect lies nobody knows where
+    for claim in claims:
+        turned = is_turned(claim.size, (width, height), turn, exif)
+        frame = "unclear" if turned is None else "turned" if turned else frame
+        for mark in claim.marks:
+            n += 1
+            try:
+                if mark.place is None:
+                    certain = False
+                    raise Unusable(mark.reason)
+                x0, y0, x1, y1 = place = stored(mark.place, width, height, turn if turned else 1)
+                if x1 <= x0 or y1 <= y0:
+                    raise Unusable("box outside its photo")
+                taken.append(place)                                    # even if nobody can say by which defect
+                if mark.reason:
+                    raise Unusable(mark.reason)
+                flags = {spelling[flag] for flag in mark.flags}
+                if None in flags:
+                    raise Unusable("box without <Defect>, whose name is none of the set's flags")
+                if flags == {BACKGROUND}:
+                    taken.pop()
+                    raise Unusable("box of Background (see --background)")
+                names.update(spelling[flag] for flag in mark.named or mark.flags)
+                if place in boxes:                                     # an object per label: one box of several labels
+                    flags.update(boxes[place].flags)
+                    boxes[place] = boxes[place]._replace(flags=tuple(sorted(flags)))
+                    raise Unusable("box given again (its labels joined to the first)")
+                boxes[place] = Box(n, *place, tuple(sorted(flags)))
+            except Unusable as e:
+                skips.append(Skip("box", f"{claim.source} {claim.unit} {mark.index}", str(e)))
+    boxes, names = tuple(boxes.values()), tuple(sorted(names))
+    return Photo(path, name, width, height, boxes, tuple(taken), certain, names, frame), skips
+
+
+def is_turned(said, size, turn, exif):
+    """Whether the boxes of a photo of `size` lie in the pixels that EXIF's `turn` shows, None where nobody can know.
+    said: the size in its annotation, or None. Raises Unusable if that is neither, give or take a pixel."""
+    shown = size[::-1] if turn >= 5 else size
+    fits = [said is None or max(abs(said[0] - w), abs(said[1] - h)) <= 1 for w, h in (size, shown)]
+    if not any(fits):
+        raise Unusable("photo whose size contradicts its annotation")
+    if turn == 1:
+        return False
+    if shown != size and (said in (size, shown) or fits[0] != fits[1]):
+        return said == shown or not fits[0]
+    return {"stored": False, "turned": True}.get(exif)
+
+
+def frame_notes(photos):
+    """Lines for the user on boxes and EXIF."""
+    n = collections.Counter(p.frame for p in photos)
+    if n["turned"]:
+        yield f"{n['turned']} photos have boxes in pixels of the picture as EXIF turns it; they were turned back"
+    if n["unclear"]:
+        yield (f"{n['unclear']} photos are turned by EXIF and nothing tells whether their boxes were drawn before or "
+               "after that: read as before (--exif stored or --exif turned decides)")
+
+
+def stored(place, width, height, turn):
+    """x0, y0, x1, y1 of a box in stored pixels, clipped to the photo of width and height: empty if outside.
+    turn: the EXIF orientation in whose shown pixels `place` lies, 1 for stored ones."""
+    x0, y0, x1, y1 = place
+    if turn >= 5:
+        x0, y0, x1, y1 = y0, x0, y1, x1
+    if turn in (2, 3, 7, 8):
+        x0, x1 = width - x1, width - x0
+    if turn in (3, 4, 6, 7):
+        y0, y1 = height - y1, height - y0
+    return max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+
+
+def orientation(photo):
+    """EXIF orientation of an opened photo, 1 where it says none; never decodes."""
+    if photo.format == "PNG" and not {"exif", "Raw profile type exif"} & photo.info.keys():
+        return 1                                                       # Pillow would decode all to look behind it
+    try:
+        turn = photo.getexif().get(0x0112)
+    except Exception:                                                  # EXIF that is damaged turns nothing
+        return 1
+    return turn if turn in TURNS else 1
+
+
+def settle_classes(claims):
+    """{class as written: as used}: spellings that differ in case alone are one, the commonest. None where some objects
+    have <Defect> flags and others a name that is none of them: a placeholder such as "defect"."""
+    count, flags, best = collections.Counter(), set(), {}
+    for mark in (mark for claim in claims for mark in claim.marks):
+        count.update(mark.named or mark.flags)
+        flags.update(map(folded, mark.named))
+    for name in sorted(count, key=lambda name: (-count[name], name)):
+        best.setdefault(folded(name), name)
+    return {name: best[folded(name)] if not flags or folded(name) in flags else None for name in count}
 
 
 def walk(root):
@@ -612,133 +738,209 @@ def walk(root):
                 found.append((path.relative_to(root).as_posix(), path))
     return sorted(found), skips
 
+# ---- which photo an annotation is of ---------------------------------------------------------------------------------
 
-class PhotoIndex:
-    """Finds a photo by the stem of its XML, then by the last part of <filename>; names are looked up, never opened."""
+PICTURE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages", "jpeg", "jpegs", "jpg", "jpgs", "png", "pngs",
+                   "photos", "photo", "pictures", "pics", "rgb"}
+LABEL_FOLDERS = {"annotations", "annotation", "annots", "anns", "labels", "label", "xml", "xmls", "txt", "json", "voc",
+                 "yolo", "coco", "bbox", "bboxes", "boxes", "metadata"}
+MASK_FOLDER = re.compile(r"mask|segment|visuali|trimap|overlay|preview|ground.?truth|(^|[^a-z])(gt|vis|seg)($|[^a-z])")
 
-    def __init__(self, names):
+
+class Pictures:
+    """The pictures of a tree, to be found by names; names are looked up, never opened."""
+
+    def __init__(self, files):
+        kinds = [(name, path, path.suffix.lower()) for name, path in files]
+        self.paths = {name: path for name, path, kind in kinds if kind in IMAGE_TYPES}
+        self.unread = {name: kind[1:] for name, _, kind in kinds if kind in UNREAD_TYPES}
+        self.folders = {tuple(name.split("/")[:-1]) for name in self.paths}
         self.names, self.stems = collections.defaultdict(list), collections.defaultdict(list)
-        for name, path in names:
-            self.names[folded(path.name)].append((name, path))
-            self.stems[folded(path.stem)].append((name, path))
+        for name in [*self.paths, *self.unread]:
+            file = folded(name.rpartition("/")[2])
+            self.names[file].append(name)
+            self.stems[os.path.splitext(file)[0]].append(name)
 
-    def find(self, xml_name, xml_path, filename):
-        last = folded(re.split(r"[/\\]", filename or "")[-1].strip())
-        found = self.stems.get(folded(xml_path.stem)) or self.names.get(last) or self.stems.get(last)
-        if not found:
-            raise Unusable("annotation without a photo")
-        folder = Path(xml_name).parent.parts
-        mirror = tuple("images" if p.lower() == "annotations" else p for p in folder)
-        for better in (lambda name, path: path.stem == xml_path.stem, lambda name, path: folded(path.name) == last,
-                       lambda name, path: Path(name).parent.parts in (folder, mirror)):
-            if len(found) > 1:
-                found = [c for c in found if better(*c)] or found
-        if len(found) > 1:
-            raise Unusable("annotation that fits several photos")
-        return found[0]
+    def share_out(self, claims, skipped):
+        """({photo name: its claims}, names of photos that further annotations may be of); skipped gets the others."""
+        owned, doubtful = collections.defaultdict(list), set()
+        for claim in claims:
+            try:
+                if claim.reason:
+                    skipped.append(Skip("annotation", claim.source, claim.reason))
+                owned[self.find(claim)].append(claim)
+            except Unusable as e:
+                doubtful.update(e.names)
+                if not claim.reason:
+                    between = f" ({', '.join(e.names)})" if e.names else ""
+                    skipped.append(Skip("annotation", claim.source + between, str(e)))
+        return owned, doubtful
+
+    def find(self, claim):
+        """The name of the claim's photo: the nearest of those called as its file, else of those that it names."""
+        folder, file = os.path.split(claim.source)
+        stem = os.path.splitext(file)[0]
+        said = re.split(r"[/\\]", claim.filename or "")[-1].strip()
+        mine, other = self.look(stem), self.look(said) if said else []
+        own, named = self.near(folder, mine), self.near(folder, other)
+        alien = folded(Path(said).stem) not in (folded(stem), folded(Path(stem).stem))     # more than another suffix
+        if own and named and alien and Path(said).suffix.lower() in IMAGE_TYPES and not set(own) & set(named):
+            raise Unusable("annotation that names another photo than the one called like it", own + named)
+        found = own or named
+        for better in (lambda name: Path(name).stem == stem, lambda name: folded(Path(name).name) == folded(said)):
+            if len({os.path.dirname(name) for name in found}) == 1 < len(found):
+                found = [name for name in found if better(name)] or found
+        if len(found) > 1 and self.alike(found):
+            found = found[:1]
+        if len(found) == 1 and found[0] in self.paths:
+            return found[0]
+        if len(found or mine or other) > 1:
+            raise Unusable("annotation that fits several photos", found or mine or other)
+        if found:
+            raise Unusable(f"annotation of a photo of a type that is not read: {self.unread[found[0]]}")
+        if mine or other:
+            raise Unusable("annotation without a photo beside it (one of that name lies elsewhere)", mine or other)
+        raise Unusable("annotation without a photo")
+
+    def look(self, name):
+        """All pictures of that file name, else of that stem."""
+        stem, kind = os.path.splitext(name)
+        stem = stem if kind.lower() in IMAGE_TYPES + UNREAD_TYPES else name
+        return self.names.get(folded(name)) or self.stems.get(folded(stem)) or []
+
+    def near(self, folder, names):
+        """Those of `names` that lie nearest to the annotations' folder; [] where all contradict it."""
+        away = {name: self.distance(tuple(folder.split("/")) if folder else (), tuple(name.split("/")[:-1]))
+                for name in names}
+        least = min(away.values(), default=math.inf)
+        return [name for name in names if away[name] == least < math.inf]
+
+    def distance(self, here, there):
+        """From a folder of annotations to one of pictures (tuples of parts): 0 the same, 1 beside it (site1/labels and
+        site1/images), 2 in the same place of another tree (labels/train and images/train), 3 beside it under a name
+        that says nothing, 4 above or below, 9 more for a folder of labels; infinite for masks and other places."""
+        if here == there:
+            return 0
+        if there and MASK_FOLDER.search(folded(there[-1])):
+            return math.inf
+        a, b = place_of(here), place_of(there)
+        beside = bool(here and there) and here[:-1] == there[:-1]
+        worse = 9 * bool(there and folded(there[-1]) in LABEL_FOLDERS)
+        if a == b:
+            return worse + (1 if beside else 2)
+        if beside and here not in self.folders:
+            return worse + 3
+        return worse + 4 if a == b[:len(a)] or b == a[:len(b)] else math.inf
+
+    def alike(self, names):
+        """Whether these are byte-identical copies of one photo."""
+        return len({hashlib.sha256(self.paths[n].read_bytes()).digest() if n in self.paths else n for n in names}) == 1
+
+
+def place_of(folder):
+    """The parts of a folder that say where, without those that say what: ("site1",) for site1/JPEGImages."""
+    return tuple(part for part in map(folded, folder) if part not in PICTURE_FOLDERS | LABEL_FOLDERS)
 
 
 def folded(name):
     return unicodedata.normalize("NFC", name).casefold()              # macOS unpacks é as two characters
 
 
-def read_annotation(path, name, index):
-    """(Photo, skips) of one XML; raises Unusable."""
-    root = parse_xml(path)
-    photo_name, photo_path = index.find(name, path, child(root, "filename"))
-    objects = root.findall("object")
-    if not objects:
-        raise Unusable("annotation without objects")
-    width, height = photo_size(photo_name, photo_path, root.find("size"))
-    boxes, taken, placed, names, skips = {}, [], 0, set(), []
-    for i, element in enumerate(objects):
+# ---- Pascal VOC, with CODEBRIM's <Defect> flags ----------------------------------------------------------------------
+
+def voc_claims(files):
+    """A Claim for every .xml."""
+    for name, path in files:
+        if path.suffix.lower() != ".xml":
+            continue
         try:
-            x0, y0, x1, y1 = place = read_place(element, width, height)
-            placed += 1
-            if x1 <= x0 or y1 <= y0:
-                raise Unusable("box outside its photo")
-            taken.append(place)                                        # even if nobody can say by which defect
-            flags, named = read_flags(element)
-            if flags == (BACKGROUND,):
-                taken.pop()
-                raise Unusable("box of Background (see --background)")
-            names.update(named)
-            if place in boxes:                                         # an object per label: one box of several labels
-                joined = {*boxes[place].flags, *flags}
-                boxes[place] = boxes[place]._replace(flags=tuple(sorted(joined)))
-                raise Unusable("box given again (its labels joined to the first)")
-            boxes[place] = Box(i, *place, flags)
+            root = parse_xml(path)
+            size, objects = root.find("size"), root.findall("object")
+            known = any(root.find(tag) is not None for tag in ("filename", "folder", "path", "size"))
+            if not objects and (not known or next(root.iter("bndbox"), None) is not None):
+                raise Unusable("XML without objects that names no photo, or has boxes elsewhere")
+            size = () if size is None else [value(child(size, tag)) or 0 for tag in ("width", "height")]
+            marks = tuple(voc_mark(i, element) for i, element in enumerate(objects))
+            yield Claim(name, child(root, "filename"), tuple(size) if size and min(size) > 0 else None, marks)
         except Unusable as e:
-            skips.append(Skip("box", f"{name} object {i}", str(e)))
-    certain = placed == len(objects)                                   # else a defect lies nobody knows where
-    names = tuple(sorted(names))
-    return Photo(photo_path, photo_name, width, height, tuple(boxes.values()), tuple(taken), certain, names), skips
+            yield Claim(name, reason=str(e))
 
 
-def photo_size(name, path, size):
-    """(width, height) of a photo in stored pixels; raises Unusable where its XML's element <size> says otherwise."""
+def voc_mark(index, element):
+    place = None
     try:
-        with open_photo(path) as photo:
-            found = photo.size
+        xmin, ymin, xmax, ymax = map(rounded, voc_bounds(element))
+        if xmax < xmin or ymax < ymin:
+            raise Unusable("box that ends before it begins")
+        place = xmin - 1, ymin - 1, xmax, ymax
+        flags, named = read_flags(element)
+        return Mark(index, place, flags, named)
     except Unusable as e:
-        raise Unusable(str(e), "photo", name)
-    said = (None, None) if size is None else (child(size, "width"), child(size, "height"))
-    if said != (None, None) and tuple(map(number, said)) != found:
-        raise Unusable("photo whose size contradicts its annotation", "photo", name)
-    return found
+        return Mark(index, place, reason=str(e))
 
 
-def read_place(element, width, height):
-    """x0, y0, x1, y1 of an <object>, from 0, half-open, clipped to the photo: empty if outside. Raises Unusable."""
+def voc_bounds(element):
+    """xmin, ymin, xmax, ymax of an <object>, 1-based and inclusive; of polygons and rotated boxes the outermost."""
     bounds = element.findall("bndbox")
-    if len(bounds) != 1:
+    shape = next((found for found in map(element.find, ("polygon", "robndbox")) if found is not None), None)
+    if len(bounds) > 1:
+        raise Unusable("object with several <bndbox>")
+    if bounds:
+        numbers = [value(child(bounds[0], tag)) for tag in ("xmin", "ymin", "xmax", "ymax")]
+    elif shape is None:
         raise Unusable("box without coordinates")
-    corners = [number(child(bounds[0], tag)) for tag in ("xmin", "ymin", "xmax", "ymax")]
-    if None in corners:
+    elif shape.tag == "robndbox":
+        numbers = [value(child(shape, tag)) for tag in ("cx", "cy", "w", "h", "angle")]
+    else:                                                              # <pt><x/><y/></pt> or <x1/><y1/><x2/><y2/>
+        numbers = [value(e.text) for e in shape.iter() if re.fullmatch(r"[xy]\d*", e.tag)]
+    if None in numbers or not numbers or len(numbers) == 1:
         raise Unusable("box whose coordinates cannot be read")
-    xmin, ymin, xmax, ymax = corners
-    if xmax < xmin or ymax < ymin:
-        raise Unusable("box that ends before it begins")
-    return max(xmin - 1, 0), max(ymin - 1, 0), min(xmax, width), min(ymax, height)
+    if bounds:
+        return numbers
+    if shape.tag == "robndbox":
+        x, y, w, h, angle = numbers                                    # radians
+        wide, high = abs(math.cos(angle)), abs(math.sin(angle))
+        dx, dy = (w * wide + h * high) / 2, (w * high + h * wide) / 2
+        numbers = [x - dx, y - dy, x + dx, y + dy]
+    return min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
 
 
 def read_flags(element):
-    """Sorted class names of an <object>, the children of <Defect> that are 1, else <name>; then all names."""
+    """Sorted class names of an <object>: (the children of <Defect> that are 1, all its children), else (<name>, ())."""
     defects = element.findall("Defect")
     if len(defects) > 1:
         raise Unusable("<Defect> given twice")
     if defects:
-        values = [(flag.tag, (flag.text or "").strip()) for flag in defects[0]]
-        if any(value not in ("0", "1") for _, value in values):
-            raise Unusable("box with a flag that is neither 0 nor 1")
-        flags, named = [tag for tag, value in values if value == "1"], [tag for tag, _ in values]
-        if not flags:
-            raise Unusable("box without any flag set")
-    else:
-        flags = named = [child(element, "name") or ""]
-        if flags == [""]:
-            raise Unusable("box without a class")
-    if not all(map(may_name_folder, named)):
-        raise Unusable("box whose class cannot name a folder")
-    if len(set(flags)) > 1 and BACKGROUND in flags:
+        return flags_of(defects[0])
+    name = child(element, "name") or ""
+    if not name:
+        raise Unusable("box without a class")
+    return (name,), ()
+
+
+def flags_of(defect):
+    """(sorted tags of the children that are 1, all tags)"""
+    values = [(flag.tag, (flag.text or "").strip()) for flag in defect]
+    if any(text not in ("0", "1") for _, text in values):
+        raise Unusable("box with a flag that is neither 0 nor 1")
+    flags = {tag for tag, text in values if text == "1"}
+    if not flags:
+        raise Unusable("box without any flag set")
+    if len(flags) > 1 and BACKGROUND in flags:
         raise Unusable("box that is Background and defect at once")
-    return tuple(sorted(set(flags))), named
+    return tuple(sorted(flags)), tuple(tag for tag, _ in values)
 
 
-def may_name_folder(name):
-    """Whether a class name can be a folder on every system and cannot leave its parent."""
-    return (0 < len(name.encode("utf-8", "surrogatepass")) <= 100
-            and name == name.strip() and name[0] != "." and name[-1] != "."
-            and not re.search(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]', name)
-            and name.lower() not in ("train", "val", "test", "crops.csv", "skipped.csv")
-            and not re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name.lower()))
-
-
-def number(text):
-    """A coordinate as an integer, None if it is none; tools that write 12.5 are rounded to a pixel, halves up."""
-    if text is None or not re.fullmatch(r"[-+]?[0-9]{1,9}(\.[0-9]*)?", text):
+def value(text):
+    """A number as annotations write it, None if it is none."""
+    if text is None or not re.fullmatch(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*", text):
         return None
-    return math.floor(float(text) + 0.5)
+    found = float(text)
+    return found if abs(found) < 1e9 else None
+
+
+def rounded(number):
+    return math.floor(number + 0.5)                                    # halves up
 
 
 def child(element, tag):
@@ -777,6 +979,9 @@ def parse_xml(path):
         root = ElementTree.fromstring(re.sub(r"^<\?xml[^>]*\?>", "", text))
     except (ElementTree.ParseError, ValueError, LookupError):
         raise Unusable("XML that cannot be parsed")
+    if "}" in root.tag:                        # a namespace
+        for element in root.iter():
+            element.tag = element.tag.rpartition("}")[2]
     if root.tag != "annotation":
         raise Unusable("XML that is no VOC annotation")
     return root
@@ -955,6 +1160,22 @@ def safe_stems(photos):
     return {n: s if len(os.fsencode(s)) <= 160 else f"{s[:40]}~{key(n):08x}" for n, s in stem.items()}
 
 
+def class_folders(photos):
+    """{class: its folder}: its own name, or one that every system takes as a folder, cannot leave its parent and is no
+    part of a data set."""
+    out, taken = {}, set()
+    for name in sorted({n for p in photos for n in p.names} | {BACKGROUND}):
+        safe = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]', "_", name).strip().strip(".")
+        safe = "_" * safe.startswith(("=", "+", "-", "@")) + safe
+        reserved = r"(|con|prn|aux|nul|com\d|lpt\d|train|val|test)(\..*)?|crops\.csv|skipped\.csv"
+        safe = "class_" * bool(re.fullmatch(reserved, safe.lower())) + safe
+        if len(safe.encode()) > 100 or folded(safe) in taken:
+            safe = f"{safe[:20]}~{key(name):08x}"
+        taken.add(folded(safe))
+        out[name] = safe
+    return out
+
+
 def columns(photos):
     """{flag: its column of crops.csv}: every class in the annotations, and Background."""
     names = sorted({n for p in photos for n in p.names} | {BACKGROUND})
@@ -1061,6 +1282,9 @@ def arguments(argv):
     add("--upright", action="store_true",
         help="turn crops as the EXIF of their photo says (default: as they are stored); boxes and crops.csv keep to "
              "stored pixels")
+    add("--exif", choices=("stored", "turned"),
+        help="where nothing tells: boxes lie in pixels of the photo as it is stored, or as its EXIF turns it (default: "
+             "stored, with a count)")
     add("--sheet", type=some_path, metavar="sheet.png", help="also write a contact sheet, a row per class")
     hyphenated = [re.sub("^--[^=]+", lambda m: m[0].replace("_", "-"), a) for a in argv]
     return p.parse_intermixed_args(hyphenated)

@@ -178,14 +178,14 @@ def test_reads_by_tag_name_in_any_order(tmp_path):
     ((-50, 10, 0, 90, "Crack"), "box outside its photo"),
     (("", 10, 80, 90, "Crack"), "box whose coordinates cannot be read"),
     (("nan", 10, 80, 90, "Crack"), "box whose coordinates cannot be read"),
-    (("1e5", 10, 80, 90, "Crack"), "box whose coordinates cannot be read"),
+    (("1e5", 10, 80, 90, "Crack"), "box that ends before it begins"),
+    (("1e999", 10, 80, 90, "Crack"), "box whose coordinates cannot be read"),
+    (("1_0", 10, 80, 90, "Crack"), "box whose coordinates cannot be read"),
+    ((".", 10, 80, 90, "Crack"), "box whose coordinates cannot be read"),
     (("9" * 5000, 10, 80, 90, "Crack"), "box whose coordinates cannot be read"),
     ((10, 10, 80, 90, ""), "box without a class"),
     ((10, 10, 80, 90, ("Background", "Crack")), "box that is Background and defect at once"),
     ((10, 10, 80, 90, ("Background",)), "box of Background (see --background)"),
-    *[((10, 10, 80, 90, name), "box whose class cannot name a folder") for name in
-      ("../../evil", "/etc/x", "a\\b", "..", ".hidden", "CON", "nul.txt", "train", "crops.csv", "x" * 200, "a:b",
-       "end.")],
 ])
 def test_unusable_boxes_are_counted_and_skipped(tmp_path, box, reason):
     add(tmp_path, "a", [box, (10, 10, 100, 90, "Spallation")])
@@ -193,6 +193,24 @@ def test_unusable_boxes_are_counted_and_skipped(tmp_path, box, reason):
     assert reasons(skipped) == {reason: 1} and skipped[0].where == "annotations/a.xml object 0"
     assert [b.index for b in photos[0].boxes] == [1]                   # the number of a box is its place in the XML
     assert len(cut_all(tmp_path, n=3)) == 3
+
+
+def test_every_class_gets_a_folder(tmp_path):
+    """The folder is safe on every system, crops.csv has the class as it was written."""
+    names = ["../../evil", "/etc/x", "a\\b", "..", ".hidden", "CON", "nul.txt", "train", "test", "Val", "crops.csv",
+             "x" * 200, "a:b", "a;b", "a_b", "end.", "=cmd()", "-1", "+x", "@y", "Crack"]
+    for k, name in enumerate(names):
+        add(tmp_path / "d", f"p{k}", [(1, 1, 90, 90, name)], size=(100, 100))
+    assert cc.main([str(tmp_path / "d"), str(tmp_path / "c"), "--n", "42", "--balance"]) == 0
+    rows = table(tmp_path / "c")
+    folder = {r["class"].lstrip("'"): r["file"].split("/")[0] for r in rows}
+    assert set(folder) == set(names) and len({f.lower() for f in folder.values()}) == len(names)
+    assert folder["Crack"] == "Crack" and folder["test"] == "class_test" and folder["a:b"] != folder["a_b"]
+    for f in folder.values():
+        assert len(f) <= 100 and not f.startswith((".", "=", "+", "-", "@")) and not f.endswith((".", " "))
+        assert f.lower().split(".")[0] not in ("con", "nul", "train", "val", "test")
+    assert all((tmp_path / "c" / r["file"]).is_file() for r in rows)
+    assert {p.name for p in tmp_path.iterdir()} == {"d", "c"}
 
 
 BNDBOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>90</xmax><ymax>90</ymax></bndbox>"
@@ -211,7 +229,7 @@ def test_malformed_objects(tmp_path, text, reason):
     add(tmp_path, "a", [])
     (tmp_path / "annotations/a.xml").write_text(f"<annotation>{text}</annotation>")
     photos, skipped = read_annotations(tmp_path)
-    assert photos == [] and reasons(skipped) == {reason: 1}
+    assert photos == [] and reasons(skipped) == {reason: 1, "photo without a usable box": 1}
 
 
 def test_boxes_are_clipped_to_the_photo(tmp_path):
@@ -266,16 +284,19 @@ DOCTYPE = "<!DOCTYPE annotation [<!ENTITY a 'Crack'>]>"
     (b"<?xml version='1.0' encoding='hex'?>" + BODY.encode(), "XML that cannot be parsed"),
     (b"<html><body/></html>", "XML that is no VOC annotation"),
     (b"<annotation/>", None),
+    (b"<annotation><filename>a.png</filename><Object>" + BNDBOX.encode() + b"</Object></annotation>", None),
     (b"<annotation>" + b"<a>" * 200_000 + b"</a>" * 200_000 + b"</annotation>", None),
 ], ids=["doctype", "doctype-utf16", "doctype-lower", "doctype-spaced", "doctype-utf7", "doctype-ebcdic", "empty",
-        "blank", "zeros", "noise", "cut-off", "entity", "unknown-encoding", "codec", "html", "bare", "deep"])
+        "blank", "zeros", "noise", "cut-off", "entity", "unknown-encoding", "codec", "html", "bare", "elsewhere", "deep"])
 def test_bad_xml_is_skipped(tmp_path, data, reason):
     add(tmp_path, "good", [(1, 1, 90, 90, "Crack")])
     add(tmp_path, "a", [])
     (tmp_path / "annotations/a.xml").write_bytes(data)
     photos, skipped = read_annotations(tmp_path)
-    assert [p.name for p in photos] == ["images/good.png"] and [s.where for s in skipped] == ["annotations/a.xml"]
+    assert [p.name for p in photos] == ["images/good.png"]
+    assert [s.where for s in skipped] == ["annotations/a.xml", "images/a.png"]
     assert reason is None or skipped[0].reason == reason
+    assert skipped[1].reason == "photo whose annotation cannot be read"
 
 
 def test_doctype_never_reaches_the_parser(tmp_path, monkeypatch):
@@ -341,15 +362,210 @@ def test_photos_of_one_stem(tmp_path):
     assert [p.name for p in read_annotations(tmp_path / "east")[0]] == ["images/b.png"]
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(tmp_path / "north/annotations/a.xml", tmp_path / "elsewhere/a.xml")
-    assert reasons(read_annotations(tmp_path)[1]) == {"annotation that fits several photos": 1}
+    found = next(s for s in read_annotations(tmp_path)[1] if s.what == "annotation")
+    assert found == ("annotation", "elsewhere/a.xml (north/images/a.png, south/images/a.png)",
+                     "annotation that fits several photos")
 
 
-def test_second_annotation_of_a_photo(tmp_path):
-    add(tmp_path, "a", [(1, 1, 90, 90, "Crack")])
-    shutil.copy(tmp_path / "annotations/a.xml", tmp_path / "images/a.xml")
+def photo_at(root, name, number=0, size=(100, 80), image=None, **save):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (Image.fromarray(place_photo(*size, number)) if image is None else image).save(root / name, **save)
+
+
+def text_at(root, name, text):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(text, encoding="utf-8")
+
+
+def voc_at(root, name, filename, *boxes, size=(100, 80)):
+    text_at(root, name, xml_of(boxes or [(1, 1, 90, 70, "Crack")], size, filename))
+
+
+def test_annotations_of_one_photo_are_joined(tmp_path):
+    photo_at(tmp_path, "images/1.png", size=(300, 200))
+    voc_at(tmp_path, "labels/defect/1.xml", "1.png", (1, 1, 90, 90, "Crack"), size=(300, 200))
+    voc_at(tmp_path, "labels/insulator/1.xml", "1.png", (201, 1, 300, 200, "Insulator"), (1, 1, 90, 90, "Old"),
+           size=(300, 200))
+    photo, = read_annotations(tmp_path)[0]
+    assert [(b.index, b.flags) for b in photo.boxes] == [(0, ("Crack", "Old")), (1, ("Insulator",))]
+    for r, _ in cut_all(tmp_path, n=4, background=200):
+        assert r["class"] != "Background" or r["x"] + 64 <= 200 and (r["x"] >= 90 or r["y"] >= 90)
+    text_at(tmp_path, "labels/insulator/1.xml", "<annotation>")        # now its boxes lie nobody knows where
     photos, skipped = read_annotations(tmp_path)
-    assert len(photos) == 1
-    assert [tuple(s) for s in skipped] == [("annotation", "images/a.xml", "second annotation of a photo")]
+    assert len(photos[0].boxes) == 1 and reasons(skipped) == {"XML that cannot be parsed": 1}
+    with pytest.raises(CropError, match="1 windows without a defect wanted, 0 distinct ones exist"):
+        cut_all(tmp_path, n=4, background=1)
+
+
+TIE = "annotation that fits several photos"
+OTHER = "annotation that names another photo than the one called like it"
+AWAY = "annotation without a photo beside it (one of that name lies elsewhere)"
+
+
+@pytest.mark.parametrize("pictures, xmls, wanted", [
+    # {annotation: <filename>} and {annotation: its photo, or why it has none}
+    (["JPEGImages/a.jpg", "AnnotationsVisualization/a.jpg", "SegmentationClassPNG/a.png"], {"Annotations/a.xml": "a.png"},
+     {"Annotations/a.xml": "JPEGImages/a.jpg"}),
+    (["images/a.jpg", "annotations/trimaps/a.png"], {"annotations/xmls/a.xml": "a.jpg"},
+     {"annotations/xmls/a.xml": "images/a.jpg"}),
+    (["site1/JPEGImages/a.jpg", "site2/JPEGImages/a.jpg"],
+     {"site1/Annotations/a.xml": "a.jpg", "site2/Annotations/a.xml": "a.jpg"},
+     {"site1/Annotations/a.xml": "site1/JPEGImages/a.jpg", "site2/Annotations/a.xml": "site2/JPEGImages/a.jpg"}),
+    (["images/a.jpg"], {"labels/a.xml": "a.jpg"}, {"labels/a.xml": "images/a.jpg"}),
+    (["images/train/a.jpg", "images/val/a.jpg"], {"labels/train/a.xml": "a.jpg", "labels/val/a.xml": "a.jpg"},
+     {"labels/train/a.xml": "images/train/a.jpg", "labels/val/a.xml": "images/val/a.jpg"}),
+    (["crack/a.jpg", "wear/a.jpg"], {"Annotations/a.xml": "a.jpg"}, {"Annotations/a.xml": "crack/a.jpg"}),   # alike
+    (["crack/a.jpg", "wear/a.jpg"], {"crack/a.xml": "a.jpg", "wear/a.xml": "a.jpg"},
+     {"crack/a.xml": "crack/a.jpg", "wear/a.xml": "wear/a.jpg"}),
+    (["raw/a.jpg", "thin/a.png"], {"boxes/a.xml": "a.jpg"}, {"boxes/a.xml": TIE}),
+    (["raw/a.jpg"], {"marks/a.xml": "a.jpg"}, {"marks/a.xml": "raw/a.jpg"}),
+    (["raw/deep/down/a.jpg"], {"a.xml": "x.jpg"}, {"a.xml": "raw/deep/down/a.jpg"}),
+    (["images/a.jpg"], {"annotations/a.jpg.xml": "zzz.jpg"}, {"annotations/a.jpg.xml": "images/a.jpg"}),
+    (["images/1.jpg", "images/crack_7.png"], {"annotations/1.xml": "crack_7.png"}, {"annotations/1.xml": OTHER}),
+    (["images/1.jpg", "images/crack_7.png"], {"annotations/1.xml": "crack_7.jpg"}, {"annotations/1.xml": OTHER}),
+    (["images/1.jpg", "images/crack_7.png"], {"annotations/1.xml": "crack_8.jpg"}, {"annotations/1.xml": "images/1.jpg"}),
+    (["s1/images/1.jpg"], {"s2/annotations/1.xml": "1.jpg"}, {"s2/annotations/1.xml": AWAY}),
+    (["s1/images/1.jpg", "s2/images/2.jpg"], {"s1/annotations/1.xml": "1.jpg", "s2/annotations/1.xml": "1.jpg"},
+     {"s1/annotations/1.xml": "s1/images/1.jpg", "s2/annotations/1.xml": AWAY}),
+    (["train/1.jpg", "val/2.jpg"], {"train/1.xml": "1.jpg", "val/1.xml": "1.jpg"},
+     {"train/1.xml": "train/1.jpg", "val/1.xml": AWAY}),
+    (["masks/a.png"], {"Annotations/a.xml": "a.jpg"}, {"Annotations/a.xml": AWAY}),
+    (["images/a.jpg", "images/a.heic"], {"annotations/b.xml": "a.heic"},
+     {"annotations/b.xml": "annotation of a photo of a type that is not read: heic"}),
+    (["images/a.jp2"], {"annotations/a.xml": "a.jp2"},
+     {"annotations/a.xml": "annotation of a photo of a type that is not read: jp2"}),
+    (["images/a.gif", "images/b.ppm"], {"annotations/a.xml": "a.gif", "annotations/b.xml": "b.ppm"},
+     {"annotations/a.xml": "images/a.gif", "annotations/b.xml": "images/b.ppm"}),
+])
+def test_the_nearest_photo_is_found_and_none_is_guessed(tmp_path, pictures, xmls, wanted):
+    for name in pictures:
+        if name.endswith((".heic", ".jp2")):
+            text_at(tmp_path, name, "?")
+        else:
+            alike = "crack/a.jpg" in pictures
+            photo_at(tmp_path, name, 0 if alike else pictures.index(name))
+    for k, (name, filename) in enumerate(xmls.items()):
+        voc_at(tmp_path, name, filename, (1 + k, 1, 90, 70, "Crack"))
+    photos, skipped = read_annotations(tmp_path)
+    got = {s.where.split(" (")[0]: s.reason for s in skipped if s.what == "annotation"}
+    for k, name in enumerate(xmls):
+        got.update({name: p.name for p in photos for b in p.boxes if b.x0 == k})
+    assert got == wanted
+    assert sorted([p.name for p in photos] + [s.where for s in skipped if s.what == "photo"]) == sorted(pictures)
+    for s in skipped:
+        assert s.reason not in (TIE, OTHER) or all(name in s.where for name in pictures)        # a tie names both
+
+
+def test_refused_annotations_leave_no_background(tmp_path):
+    """Whoever might be meant by an annotation that is not read gives no background."""
+    for name in ("1", "crack_7"):
+        photo_at(tmp_path, f"images/{name}.png", size=(300, 200))
+        voc_at(tmp_path, f"images/{name}.xml", "", (1, 1, 90, 90, "Crack"), size=(300, 200))
+    voc_at(tmp_path, "annotations/1.xml", "crack_7.png", size=(300, 200))
+    assert [p.certain for p in read_annotations(tmp_path)[0]] == [False, False]
+
+
+def test_sizes_that_are_unknown_or_nearly_right(tmp_path):
+    for k, (size, reason) in enumerate([((0, 0), None), ((101, 80), None), ((99, 81), None), (("", "?"), None),
+                                        (("100.0", "80"), None), ((102, 80), 1), ((80, 100), 1), ((100, 78), 1)]):
+        photo_at(tmp_path, f"images/{k}.png", k)
+        voc_at(tmp_path, f"annotations/{k}.xml", "", size=size)
+        photos, skipped = read_annotations(tmp_path)
+        bad = [s.reason for s in skipped if s.where == f"images/{k}.png"]
+        assert bad == ["photo whose size contradicts its annotation"] * bool(reason)
+
+
+def upright(pixels, turn):
+    """An array (h, w, ...) as EXIF's orientation shows it, in NumPy's words."""
+    pixels = pixels.swapaxes(0, 1) if turn >= 5 else pixels
+    across, down = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[turn]
+    return pixels[::-1 if down else 1, ::-1 if across else 1]
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_boxes_drawn_on_turned_photos_are_turned_back(tmp_path, turn):
+    """A box drawn on the shown picture holds the same pixels in the stored one, for each of the eight orientations."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    whole = place_photo(300, 200)
+    shown = upright(whole, turn)
+    assert np.array_equal(shown, np.asarray(whole if turn == 1 else
+                                            Image.fromarray(whole).transpose(cc.TURNS[turn])))
+    height, width = shown.shape[:2]
+    box = (21, 31, 124, 110, "Crack")
+    inside = {tuple(v) for v in shown[30:110, 20:124].reshape(-1, 3).tolist()}
+    for suffix in ("png", "jpg"):
+        photo_at(tmp_path, f"images/a_{suffix}.{suffix}", image=Image.fromarray(whole), exif=exif)
+        voc_at(tmp_path, f"annotations/a_{suffix}.xml", "", box, size=(width, height))
+    photos, notes = read_annotations(tmp_path, "turned")[0], []
+    for p in photos:
+        b = p.boxes[0]
+        assert {tuple(v) for v in whole[b.y0:b.y1, b.x0:b.x1].reshape(-1, 3).tolist()} == inside
+    list(crops(str(tmp_path), n=1, notes=notes))
+    said = [note for note in notes if "after that" in note.replace("\n", " ") or "turned back" in note]
+    assert [note.split()[0] for note in said] == ["2"] * (turn > 1)
+    assert turn == 1 or ("turned back" in said[0]) == (turn >= 5)
+    kept = read_annotations(tmp_path, "stored")[0][0].boxes[0]
+    assert (kept == photos[0].boxes[0]) == (turn == 1 or turn >= 5)    # the size is proof for these
+
+
+def test_sizes_that_say_stored_beside_a_turn(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for k, (size, said) in enumerate([((100, 80), (100, 80)), ((100, 80), (99, 80)), ((100, 100), (100, 100)),
+                                      ((100, 101), (101, 100)), ((100, 101), (100, 101)), ((100, 80), None)]):
+        photo_at(tmp_path, f"images/{k}.png", size=size, exif=exif)
+        voc_at(tmp_path, f"annotations/{k}.xml", "", (1, 1, 64, 70, "Crack"), size=said)
+    assert [p.frame for p in read_annotations(tmp_path)[0]] == ["", "", "unclear", "turned", "", "unclear"]
+    turned = [p.boxes[0].y1 - p.boxes[0].y0 for p in read_annotations(tmp_path, "turned")[0]]
+    assert turned == [70, 70, 64, 64, 70, 64]                          # 64 wide as shown
+
+
+@pytest.mark.parametrize("text, place", [
+    (BNDBOX.replace("<xmin>1<", "<xmin>2.8e-14<"), (0, 0, 90, 90)),
+    (BNDBOX.replace("<xmin>1<", "<xmin>.5<").replace("<ymax>90<", "<ymax>+0.6E+02<"), (0, 0, 90, 60)),
+    (BNDBOX.replace("<xmax>90<", "<xmax>1.5e+02<"), (0, 0, 150, 90)),
+    ("<polygon><x1>11</x1><y1>21</y1><x2>90.2</x2><y2>30</y2><x3>40</x3><y3>99</y3></polygon>", (10, 20, 90, 99)),
+    ("<polygon><pt><x>11</x><y>21</y></pt><pt><x>90</x><y>30</y></pt><pt><x>40</x><y>99</y></pt></polygon>",
+     (10, 20, 90, 99)),
+    ("<robndbox><cx>100</cx><cy>80</cy><w>60</w><h>20</h><angle>1.5707963</angle></robndbox>", (89, 49, 110, 110)),
+    (BNDBOX + "<polygon><x1>200</x1><y1>10</y1></polygon>", (0, 0, 90, 90)),
+    (BNDBOX + BNDBOX, "object with several <bndbox>"),
+    ("<polygon/>", "box whose coordinates cannot be read"),
+    ("<polygon><x1>5</x1></polygon>", "box whose coordinates cannot be read"),
+    ("<polygon><x1>5</x1><y1>?</y1></polygon>", "box whose coordinates cannot be read"),
+    ("<robndbox><cx>100</cx></robndbox>", "box whose coordinates cannot be read"),
+])
+def test_numbers_polygons_and_rotated_boxes(tmp_path, text, place):
+    photo_at(tmp_path, "a.png", size=(300, 200))
+    text_at(tmp_path, "a.xml", f"<x:annotation xmlns:x='urn:y' xmlns='urn:y'><object><name>Crack</name>{text}</object>"
+                               "</x:annotation>")
+    photos, skipped = read_annotations(tmp_path)
+    assert [b[1:5] for p in photos for b in p.boxes] == [place] * (not isinstance(place, str))
+    assert reasons(skipped) == ({place: 1, "photo without a usable box": 1} if isinstance(place, str) else {})
+
+
+def test_placeholders_found_no_class(tmp_path):
+    """Beside <Defect> flags a name counts only where it is one of them."""
+    add(tmp_path, "a", [(1, 1, 90, 90, ("Crack",)), (101, 1, 190, 90, "defect"), (201, 1, 300, 90, "crack")])
+    photos, skipped = read_annotations(tmp_path)
+    assert [b.flags for b in photos[0].boxes] == [("Crack",), ("Crack",)] and "defect" not in photos[0].names
+    assert reasons(skipped) == {"box without <Defect>, whose name is none of the set's flags": 1}
+    assert len(photos[0].taken) == 3                                   # it may be a defect: no background there
+
+
+def test_spellings_of_one_class(tmp_path):
+    add(tmp_path, "a", [(1, 1, 90, 90, "crack"), (101, 1, 190, 90, "Crack"), (201, 1, 300, 90, "Crack")])
+    assert {r["class"] for r, _ in cut_all(tmp_path, n=30)} == {"Crack"}
+
+
+def test_photos_without_any_object_give_background(tmp_path):
+    add(tmp_path, "a", [(1, 1, 300, 200, "Crack")])
+    add(tmp_path, "free", [], number=3)
+    add(tmp_path, "unsure", [(90, 1, 80, 80, "Crack")])                # a box that cannot be read is no clean photo
+    rows = [r for r, _ in cut_all(tmp_path, n=10, background=50)]
+    assert {r["photo"] for r in rows if r["class"] == "Background"} == {"images/free.png"}
+    assert len(rows) == 60
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
@@ -380,7 +596,7 @@ def broken_photos(root):
     add(root, "tiny", box, size=(300, 60))
     (root / "annotations/contradicts.xml").write_text(xml_of(box, size=(200, 300)))
     Image.fromarray(place_photo(300, 200)).save(root / "images/contradicts.png")
-    (root / "annotations/taller.xml").write_text(xml_of(box, size=(300, 201)))
+    (root / "annotations/taller.xml").write_text(xml_of(box, size=(300, 202)))
     Image.fromarray(place_photo(300, 200)).save(root / "images/taller.png")
     floats = np.random.default_rng(0).random((200, 300), dtype=np.float32)
     floats[7, 9] = np.nan
