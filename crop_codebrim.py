@@ -67,6 +67,10 @@ class CropError(Exception):
     """What the user can mend; one line."""
 
 
+class TooFew(CropError):
+    """Fewer windows exist than are wanted."""
+
+
 class Unusable(Exception):
     """Why a file or box is left out, and which photos it might have been of."""
 
@@ -142,7 +146,8 @@ def crop_folder(source, target, sheet=None, exif=None, **choices):
     check_places(source, target, sheet)
     photos, skipped = read_annotations(source, exif)
     started = time.monotonic()
-    with whole_or_not(target) as work:
+    n_photos = len(photos) + sum(s.what == "photo" for s in skipped)
+    with whole_or_not(target) as work, explained(skipped, target):
         rows, made, notes = [], set(), []
         progress = Progress("photos, {} crops")
         for row, image in crops(photos, skipped=skipped, progress=progress, notes=notes, **choices):
@@ -163,8 +168,30 @@ def crop_folder(source, target, sheet=None, exif=None, **choices):
             os.replace(part, sheet)
     for note in [*notes, *frame_notes(photos)]:
         print(note)
-    print_table(rows, skipped, choices.get("split"))
+    print_table(rows, choices.get("split"))
+    print_left_out(skipped)
+    for s in skipped:
+        if s.what == "photo" and not s.reason.startswith(("photo without", "photo smaller", "photo of a type")):
+            print(f"crop_codebrim.py: {s.where}: {s.reason}", file=sys.stderr)
+    n_cut, n_out = len({r["photo"] for r in rows}), sum(s.what == "photo" for s in skipped)
+    print(f"{n_photos} photos found: {n_cut} cropped, {n_photos - n_cut - n_out} not needed, {n_out} left out")
     print(f"{len(rows)} crops in {target}, {time.monotonic() - started:.1f} s")
+
+
+@contextlib.contextmanager
+def explained(skipped, target):
+    """Where too few windows exist, nothing is cut: then what was left out, and why, is the only thing to be seen. It is
+    printed and written beside `target`, and the commonest reason is added to the error."""
+    try:
+        yield
+    except TooFew as e:
+        if not skipped:
+            raise
+        print_left_out(skipped)
+        table = Path(f"{os.path.realpath(target)}.skipped.csv")
+        write_csv(table, Skip._fields, skipped)
+        (reason, n), = collections.Counter(s.reason for s in skipped).most_common(1)
+        raise TooFew(f"{e}; most were left out for this: {reason} ({n} of {len(skipped)}, all in {table})")
 
 
 def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", balance=False, background=0, small="around",
@@ -334,7 +361,7 @@ def plan_buckets(photos, n, size, seed, window, label, balance, background, smal
             pool = [s for s in sources if parts[s.photo.name] == part and (c is None or c in s.labels)]
             buckets.append(Bucket(part, c, n_part, pool, Dice(seed, key("boxes"), key(c or ""), key(part))))
     if n and not any(b.want and b.sources for b in buckets):
-        raise CropError(f"{n} windows wanted, 0 exist: no box is usable")
+        raise TooFew(f"{n} windows wanted, 0 exist: no box is usable")
     if background:
         sides = [s.sides for s in sources] or [(size, size)]
         for part, n_part in zip(wanted, shares(background, wanted.values())):
@@ -384,8 +411,8 @@ class Bucket:
             kind = "windows without a defect"
         where = f" in split {self.split}" if self.split else ""
         lost = f" ({len(broken)} damaged photos left out)" if broken else ""
-        raise CropError(f"{self.want} {kind}{where} wanted, {have} distinct ones exist{lost}: "
-                        "lower --n or --background, or change the choices")
+        raise TooFew(f"{self.want} {kind}{where} wanted, {have} distinct ones exist{lost}: "
+                     "lower --n or --background, or change the choices")
 
     def fill(self, rows, used, broken, seen):
         """Append rows until the bucket is full or empty of windows: every source once before any gives its second.
@@ -1184,10 +1211,10 @@ def columns(photos):
 
 
 def write_csv(path, fields, rows):
+    """Names that a spreadsheet would run as a formula get an apostrophe in front."""
+    safe = lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r")) else cell
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
-        writer = csv.writer(f)
-        writer.writerow(fields)
-        writer.writerows(rows)
+        csv.writer(f).writerows([safe(cell) for cell in row] for row in [fields, *rows])
 
 
 def draw_sheet(folder, rows, size):
@@ -1210,8 +1237,8 @@ def draw_sheet(folder, rows, size):
     return sheet
 
 
-def print_table(rows, skipped, split):
-    """The crops by class and split, then what was left out and why; damaged photos by name on stderr."""
+def print_table(rows, split):
+    """The crops by class and split."""
     parts = list(split or [])
     classes = sorted({r["class"] for r in rows})
     wide = max(map(len, ["class", "all", *classes]))
@@ -1220,6 +1247,10 @@ def print_table(rows, skipped, split):
         mine = [r for r in rows if name in (r["class"], None)]
         n_photos, by_part = len({r["photo"] for r in mine}), collections.Counter(r["split"] for r in mine)
         print(f"{name or 'all':{wide}}{n_photos:8}{len(mine):8}" + "".join(f"{by_part[p]:8}" for p in parts))
+
+
+def print_left_out(skipped):
+    """What was left out and why, the commonest reason first."""
     reasons = collections.defaultdict(list)
     for s in skipped:
         reasons[s.reason].append(s)
@@ -1227,9 +1258,6 @@ def print_table(rows, skipped, split):
         print("left out (all of them: skipped.csv)")
     for reason, group in sorted(reasons.items(), key=lambda item: -len(item[1])):
         print(f"{len(group):8}  {reason}: {group[0].where}" + (", ..." if len(group) > 1 else ""))
-    for s in skipped:
-        if s.what == "photo" and not s.reason.startswith(("photo without", "photo smaller", "photo of a type")):
-            print(f"crop_codebrim.py: {s.where}: {s.reason}", file=sys.stderr)
 
 
 class Progress:

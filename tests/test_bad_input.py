@@ -420,6 +420,8 @@ def test_one_line_exit_2_and_nothing_written(script, argv, words, scene, monkeyp
     begin = f"{Path(SCRIPTS[script].__file__).name}: "
     assert status == 2 and text.startswith(begin) and text.count("\n") == 1 and text.endswith("\n"), (status, text)
     assert words in text and not re.search(r"Traceback|[\x00-\x09\x0b-\x1f\x7f]", text), text
+    if f"all in {scene / 'OUT.skipped.csv'}" in text:               # why too few crops exist: the one file that is left
+        (scene / "OUT.skipped.csv").unlink()
     assert snapshot(scene) == before
 
 

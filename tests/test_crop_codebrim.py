@@ -1113,6 +1113,65 @@ def test_all_broken_is_one_line(tmp_path):
     assert "0 exist" in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "crops").exists()
 
 
+def csv_rows(path):
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as f:
+        return list(csv.reader(f))
+
+
+@pytest.mark.parametrize("choices, said", [
+    (["--n", "9"], "9 windows wanted, 0 exist"),
+    (["--n", "9", "--size", "250"], "9 windows wanted, 0 exist"),
+    (["--n", "0", "--background", "9"], "9 windows without a defect wanted, 0 distinct ones exist"),
+    (["--n", "9", "--balance", "--small", "skip"], "9 windows wanted, 0 exist"),
+])
+def test_too_few_windows_come_with_the_reasons(tmp_path, capsys, choices, said):
+    for k in range(3):
+        add(tmp_path / "d", f"p{k}", [(1, 1, 90, 90, "")], number=k)
+    text_at(tmp_path / "d", "annotations/=x.xml", "<annotation>")
+    assert cc.main([str(tmp_path / "d"), str(tmp_path / "c"), *choices]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and said in err and "box without a class (3 of " in err, err
+    assert "       3  box without a class: annotations/p0.xml object 0, ..." in out.splitlines()
+    assert f"all in {tmp_path}/c.skipped.csv" in err
+    rows = csv_rows(tmp_path / "c.skipped.csv")
+    assert rows[0] == ["what", "where", "reason"] and len(rows) == 8
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.skipped.csv", "d"]
+
+
+def test_broken_photos_that_leave_too_few_windows_are_listed_too(tmp_path, capsys):
+    add(tmp_path / "d", "good", [(1, 1, 66, 66, "Crack")])
+    path = add(tmp_path / "d", "cut", [(1, 1, 300, 200, "Crack")])
+    path.write_bytes(path.read_bytes()[:200])
+    assert cc.main([str(tmp_path / "d"), str(tmp_path / "c"), "--n", "30"]) == 2
+    assert "9 distinct ones exist (1 damaged photos left out)" in capsys.readouterr().err
+    left_out = csv_rows(tmp_path / "c.skipped.csv")[1:]
+    assert left_out == [["photo", "images/cut.png", "photo that is truncated or damaged"]]
+
+
+def test_no_spreadsheet_runs_a_name(tmp_path):
+    for k, name in enumerate(["=cmd|'calc'!A0", "+1", "-1", "@sum", "plain"]):
+        photo_at(tmp_path / "d", f"{name}.png", k)
+        voc_at(tmp_path / "d", f"{name}.xml", "", (1, 1, 90, 70, name))
+        photo_at(tmp_path / "d", f"{name}_alone.png", k)
+    assert cc.main([str(tmp_path / "d"), str(tmp_path / "c"), "--n", "20"]) == 0
+    cells = [cell for name in ("crops", "skipped") for row in csv_rows(tmp_path / f"c/{name}.csv") for cell in row]
+    assert not [cell for cell in cells if cell[:1] in ("=", "+", "-", "@")] and "'+1.png" in cells and "'-1" in cells
+    folders = {r["file"].split("/")[0] for r in table(tmp_path / "c")}
+    assert folders == {"_=cmd_'calc'!A0", "_+1", "_-1", "_@sum", "plain"}
+
+
+def test_every_photo_is_counted(bridge, tmp_path, capsys):
+    broken = broken_photos(bridge)
+    photo_at(bridge, "images/alone.png")
+    text_at(bridge, "images/new.heic", "?")
+    cc.crop_folder(bridge, tmp_path / "c", n=5)
+    out = capsys.readouterr().out.splitlines()
+    n_cut = len({r["photo"] for r in table(tmp_path / "c")})
+    n_out = sum(row[0] == "photo" for row in csv_rows(tmp_path / "c/skipped.csv"))
+    found = 12 + len(broken) + 2
+    assert out[-2] == f"{found} photos found: {n_cut} cropped, {found - n_cut - n_out} not needed, {n_out} left out"
+
+
 def test_broken_photos_are_named_by_the_command(tmp_path):
     broken_photos(tmp_path / "d")
     add(tmp_path / "d", "good", [(1, 1, 90, 90, "Crack")])
