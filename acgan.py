@@ -123,7 +123,8 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         h = self.net(x)
-        return self.source(h).flatten().float(), self.label(h).float()              # autocast may have made them bf16
+        kind = torch.promote_types(h.dtype, torch.float32)          # autocast may have made it bf16
+        return self.source(h).flatten().to(kind), self.label(h).to(kind)
 
 
 def _doubling(up, inp, out):

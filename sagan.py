@@ -105,7 +105,8 @@ class Discriminator(nn.Module):
         self.net = nn.Sequential(*layers, nn.Conv2d(inp, 1, 4))
 
     def forward(self, x):
-        return self.net(x).flatten().float()                        # (B, 1, 1, 1) -> (B,); bf16 under autocast
+        s = self.net(x).flatten()                                   # (B, 1, 1, 1) -> (B,)
+        return s.to(torch.promote_types(s.dtype, torch.float32))    # autocast may have made it bf16
 
 
 class SelfAttention(nn.Module):

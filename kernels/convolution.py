@@ -10,6 +10,8 @@ written as the transposed convolution that it is, and autograd then finds the ri
 derivative. The idea is that of Karras et al., Training Generative Adversarial Networks with Limited Data, 2020 (their
 conv2d_gradfix).
 """
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -18,14 +20,24 @@ from torch.nn import functional as F
 def fast_second_derivative(net):
     """Let every nn.Conv2d inside `net` compute by conv2d below, in place; parameters, hooks and state_dict stay.
 
-    Returns net. Left alone: padding by a word or in another mode than zeros, and subclasses with a _conv_forward of
-    their own.
+    Returns net, which may be copied and pickled. Left alone: padding by a word or in another mode than zeros, and
+    subclasses with a _conv_forward of their own.
     """
     for m in net.modules():
-        usual = getattr(type(m), "_conv_forward", None) is nn.Conv2d._conv_forward
-        if usual and m.padding_mode == "zeros" and not isinstance(m.padding, str):
-            m._conv_forward = lambda x, w, b, m=m: conv2d(x, w, b, m.stride, m.padding, m.dilation, m.groups)
+        if getattr(type(m), "_conv_forward", None) is nn.Conv2d._conv_forward and _fits(m):
+            m._conv_forward = functools.partial(_forward, m)
     return net
+
+
+def _fits(m):
+    return m.padding_mode == "zeros" and not isinstance(m.padding, str)
+
+
+def _forward(m, x, w, b):
+    """What takes the place of m._conv_forward; by torch's own where the layer was changed since."""
+    if not _fits(m):
+        return nn.Conv2d._conv_forward(m, x, w, b)
+    return conv2d(x, w, b, m.stride, m.padding, m.dilation, m.groups)
 
 
 def conv2d(x, w, b=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):

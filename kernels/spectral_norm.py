@@ -29,7 +29,7 @@ class SpectralNorms:
     """
 
     def __init__(self, net):
-        self.owners, self.norms, self.made = [], [], None
+        self.owners, self.norms, self.made, self.mine = [], [], None, []
         for m in net.modules():
             if isinstance(m, parametrize.ParametrizationList) and len(m) == 1 and type(m[0]) is _SpectralNorm:
                 w, first = m.original, self.owners[0].original if self.owners else m.original
@@ -48,20 +48,21 @@ class SpectralNorms:
         if self.made is not None:                                   # one inside another
             yield
             return
-        self.made = {}
-        for k, norm in enumerate(self.norms):
-            norm.forward = functools.partial(self.normed, k)
+        self.made = {}                                              # another SpectralNorms may make some already
+        self.mine = [k for k, norm in enumerate(self.norms) if "forward" not in vars(norm)]
+        for k in self.mine:
+            self.norms[k].forward = functools.partial(self.normed, k)
         try:
             with parametrize.cached():
                 yield
         finally:
             self.made = None
-            for norm in self.norms:
-                del norm.forward
+            for k in self.mine:
+                del self.norms[k].forward
 
     def normed(self, k, weight):
         if k not in self.made:
-            alike = [j for j, norm in enumerate(self.norms) if norm.training == self.norms[k].training]
+            alike = [j for j in self.mine if self.norms[j].training == self.norms[k].training]
             weights = [self.owners[j].original for j in alike]
             self.made.update(zip(alike, self.make([self.norms[j] for j in alike], weights)))
         return self.made[k]

@@ -19,7 +19,11 @@ def test_sizes():
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_shapes(size):
     x = acgan.Generator(image_size=size, n_classes=3, ch=4)(torch.randn(4, 128), torch.tensor([0, 1, 2, 0]))
-    source, label = acgan.Discriminator(image_size=size, n_classes=3, ch=4)(x)
+    D = acgan.Discriminator(image_size=size, n_classes=3, ch=4)
+    source, label = D(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(v.dtype == torch.float32 for v in D(x))
+    assert all(v.dtype == torch.float64 for v in D.double()(x.double()))
     assert x.shape == (4, 3, size, size) and x.abs().max() <= 1 and source.shape == (4,) and label.shape == (4, 3)
 
 

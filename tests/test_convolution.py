@@ -1,5 +1,6 @@
 """kernels/convolution.py: torch's values and derivatives, by the kernels that it is there for; it works alone."""
 import copy
+import pickle
 import shutil
 
 import pytest
@@ -102,6 +103,22 @@ def test_what_is_replaced_and_what_is_left_alone():
         assert net[0](x).grad_fn is None
     with torch.autocast("cpu", torch.bfloat16):
         assert net[0](x).dtype == torch.bfloat16
+
+
+def test_a_prepared_network_can_be_copied_pickled_and_changed():
+    net = fast_second_derivative(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3)))
+    x, (other, loaded) = torch.randn(1, 2, 6, 6), (copy.deepcopy(net), pickle.loads(pickle.dumps(net)))
+    for twin in (other, loaded):
+        assert torch.equal(twin(x), net(x)) and type(twin[0](x).grad_fn).__name__ == "_Conv2dBackward"
+        nn.init.zeros_(twin[0].weight)
+        twin[0].stride, twin[1].padding_mode, twin[1].padding = (2, 2), "circular", (1, 1)
+        twin[1]._reversed_padding_repeated_twice = [1, 1, 1, 1]
+        plain = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")
+        plain.load_state_dict(twin[1].state_dict())
+        assert twin(x).shape == (1, 2, 3, 3) and torch.equal(twin[1](x), plain(x))
+    assert net[0].weight.any() and net(x).shape == (1, 2, 4, 4)
+    net[0].padding = "same"                                         # a word, after it was prepared
+    assert net(x).shape == (1, 2, 4, 4)
 
 
 def trainer(*argv):

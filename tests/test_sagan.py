@@ -27,7 +27,9 @@ def test_parameter_counts_of_the_reference():
 def test_sizes(size):
     x = sagan.Generator(image_size=size, ch=4)(torch.randn(3, 128))
     assert x.shape == (3, 3, size, size) and x.abs().max() <= 1
-    assert sagan.Discriminator(image_size=size, ch=4)(x).shape == (3,)
+    D = sagan.Discriminator(image_size=size, ch=4)
+    assert D(x).shape == (3,) and D(x).dtype == torch.float32
+    assert D.double()(x.double()).dtype == torch.float64 and D.bfloat16()(x.bfloat16()).dtype == torch.float32
 
 
 def test_attention_sits_where_the_reference_has_it():

@@ -1,4 +1,5 @@
 """kernels/spectral_norm.py: torch's spectral norms, all layers of a network at once; it works alone."""
+import contextlib
 import copy
 import shutil
 
@@ -126,6 +127,28 @@ def test_one_power_iteration_per_context_and_only_where_one_is_asked_for():
     with norms():
         net.a.weight, net.b.weight
     assert {k[0] for k in moved if not torch.equal(moved[k], vectors(net)[k])} == {"b"}
+
+
+def test_two_objects_for_layers_of_one_network_may_overlap():
+    """The weights of the first that is entered hold, with one power iteration; leaving is possible in any order."""
+    for order in ("whole again part", "part whole"):
+        net, twin = odd(), odd()
+        whole, again, part = SpectralNorms(net), SpectralNorms(net), SpectralNorms(nn.ModuleList([net.a, net.b]))
+        contexts = [{"whole": whole, "again": again, "part": part}[name] for name in order.split()]
+        with SpectralNorms(twin)():
+            want = [m.weight for m in (twin.a, twin.b, twin.c)]
+        with contextlib.ExitStack() as stack:
+            for norms in contexts:
+                stack.enter_context(norms())
+            for m, w in zip((net.a, net.b, net.c), want):
+                torch.testing.assert_close(m.weight, w, rtol=1e-12, atol=0)     # sums over tables of another width
+        for k, v in vectors(twin).items():
+            torch.testing.assert_close(vectors(net)[k], v, rtol=1e-12, atol=0)
+        assert not any("forward" in vars(m) for m in whole.norms)
+    first, second = whole(), again()
+    first.__enter__(), second.__enter__(), net.a.weight
+    first.__exit__(None, None, None), second.__exit__(None, None, None)
+    assert not any("forward" in vars(m) for m in whole.norms) and whole.made is again.made is None
 
 
 def test_an_error_inside_leaves_torchs_own_code_in_place():
