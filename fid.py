@@ -2037,9 +2037,10 @@ def main(argv=None):
             time.sleep(5)                       # who is left after that has met an error of its own
         line = f"fid.py: {f'rank {rank}: ' if rank else ''}{one_line(e)}"
         print(line, file=sys.stderr, flush=True)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:                 # torchrun's own report then ends with our line
-            said = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": said}))
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):     # torchrun's own report then ends with our line
+            with contextlib.suppress(OSError), open(report, "w") as f:
+                made = {"timestamp": str(int(os.fstat(f.fileno()).st_mtime))}
+                json.dump({"message": {"message": line, "extraInfo": made}}, f)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -607,9 +607,12 @@ class Script:
     the CPU.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, named_by=None):
         self.path = find_script(model)
         self.name = self.path.stem
+        foreign = named_by and self.path.parent != Path(__file__).resolve().parent
+        if foreign and rank_here() == 0 and OUTER not in os.environ:
+            print(f"Running the model script {one_line(self.path)}, which {one_line(named_by)} names.", flush=True)
         module = self.load()
         for name in ("Generator", "Discriminator"):
             cls = getattr(module, name, None)
@@ -1573,7 +1576,7 @@ def load_generator(path, device="cpu", model=None, as_scored=False):
     d = load_file(path)
     if not isinstance(d, dict) or not {"model", "kwargs", "state_dict", "step", "classes", "z_dim"} <= d.keys():
         raise UserError(f"{path} is not a generator written by okd_train.py")
-    script = Script(str(model or d["model"]))
+    script = Script(str(model or d["model"]), named_by=None if model else path)
     try:
         G = script.Generator(**d["kwargs"])
         G.load_state_dict(d["state_dict"])
@@ -1700,11 +1703,12 @@ class Lock:
 
     take() makes the folder. Leaving the `with` removes the file, and the folder if nothing else came into it; what
     kill -9 leaves of the file holds nobody up. The file says who holds it. Where locks do not work (NFS without its
-    service) take() says so and goes on.
+    service) take() says so and goes on. name, busy, flag: for other work, such as an export.
     """
 
-    def __init__(self, out):
-        self.path, self.fd, self.made = Path(out) / ".lock", None, []
+    def __init__(self, out, name=".lock", busy=None, flag="--out"):
+        self.path, self.fd, self.made = Path(out) / name, None, []
+        self.busy, self.flag = busy or f"{out} is being trained", flag
 
     def __enter__(self):
         return self
@@ -1723,8 +1727,8 @@ class Lock:
             except BlockingIOError:
                 holder = os.read(self.fd, 200).decode(errors="replace").strip() or "another process"
                 self.drop()
-                raise UserError(f"{out} is being trained by {holder}: wait for it, stop it, "
-                                "or name another folder with --out") from None
+                raise UserError(f"{self.busy} by {holder}: wait for it, stop it, or name another folder with "
+                                f"{self.flag}") from None
             except OSError as e:
                 self.drop()
                 say(f"Note: {out} cannot be locked ({e.strerror}); see to it that no second run uses it.")
@@ -2022,7 +2026,7 @@ def named_script(argv):
     early, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     if early.model is None and early.out and early.resume and (Path(early.out) / "args.json").exists():
         saved = read_args(Path(early.out))
-        return run_script(saved), saved["model"]
+        return run_script(saved, early.out), saved["model"]
     model = "sagan" if early.model is None else early.model
     return Script(model), model
 
@@ -2041,7 +2045,7 @@ def settle(s, script, named):
                 changed[name] = value
     if "steps" in named and "epochs" in named:
         raise UserError("--steps and --epochs both say how long; give one")
-    check_limits(s)
+    check_limits(s, script)
     return changed
 
 
@@ -2055,10 +2059,10 @@ def preset(s, script):
     return {**known.get(s.recipe, {}), **(QUICK if s.quick else {})}
 
 
-def check_limits(s):
+def check_limits(s, script):
     for name, value in vars(s).items():
         wrong = fault(name, value)
-        if wrong:
+        if wrong and not value == script.hparams.get(name) == "":   # "" may be a script's own default
             raise UserError(f"{flag(name)} {wrong}")
     most = s.groups * s.batch_size
     if s.nproc and s.nproc > most:
@@ -2147,10 +2151,10 @@ def read_args(out):
         raise UserError(f"{Path(out) / 'args.json'} cannot be read: {e}") from e
 
 
-def run_script(saved):
+def run_script(saved, out):
     """The model script that a run was trained with; `model` may be a name in another folder, or a path on Windows."""
     model = PureWindowsPath(saved["model"]).stem if "\\" in saved["model"] else saved["model"]
-    return Script(saved["script"] if Path(saved["script"]).is_file() else model)
+    return Script(saved["script"] if Path(saved["script"]).is_file() else model, named_by=Path(out) / "args.json")
 
 
 def read_run(out, model=None):
@@ -2159,12 +2163,12 @@ def read_run(out, model=None):
     For programs that look at a run. Raises UserError where `out` is no run or does not fit its script.
     """
     saved = read_args(out)
-    path = Script(model).path if model else run_script(saved).path
+    path = Script(model).path if model else run_script(saved, out).path
     s, script, _ = parse(["--model", str(path), "--out", str(out)])
     check_settings(saved, s, script)
     for name, value in saved["settings"].items():
         setattr(s, name, value)
-    check_limits(s)                                                 # it may have been edited
+    check_limits(s, script)                                         # it may have been edited
     return s, script, saved
 
 
@@ -2374,6 +2378,9 @@ def holds_run(out):
 
 def open_run(s, script, data, scores, out, agents):
     """Read the checkpoint of the run that is to go on; None for a new one. Rank 0 only. No run is overwritten."""
+    for name in ("samples", "log.jsonl", "fid.jsonl"):              # the other files take a link's place
+        if (out / name).is_symlink():
+            raise UserError(f"{out / name} is a link, and a run writes nothing outside its folder: remove it")
     checkpoint, known = out / "checkpoint.pt", set(filter(None, agents))
     earlier = read_args(out)["agents"] if (out / "args.json").exists() else []
     restarted = not known.isdisjoint(earlier)                       # by the torchrun that began this run
@@ -2806,9 +2813,9 @@ def leave(program, status, words, late):
         time.sleep(5)
     print(f"{'' if status != 130 else chr(10)}{program}: {words}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):         # with which torchrun's own report of the error ends
-        with contextlib.suppress(OSError):
-            note = {"message": f"{program}: {words}", "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(report).write_text(json.dumps({"message": note}))
+        with contextlib.suppress(OSError), open(report, "w") as f:
+            made = {"timestamp": str(int(os.fstat(f.fileno()).st_mtime))}           # the earliest counts as the cause
+            json.dump({"message": {"message": f"{program}: {words}", "extraInfo": made}}, f)
     if dist.is_initialized() and "nccl" not in str(dist.get_backend_config()):      # whose end might wait for others
         dist.destroy_process_group()
     raise SystemExit(status)

@@ -17,10 +17,11 @@ you do not want it) and is not drawn twice.
 --scored exports what fid.jsonl's score was made of, and says the command by which fid.py prints that score again (with
 as many threads as in training, to the last digit).
 
-manifest.csv has a row per image: file, group, class, z, checkpoint. z is a function of the run's seed, the class and
-the image's number alone, so the first 100 images of 1000 are those of an export of 100: "0/3/0/sample Crack/17" is row
-17 of okd_train.draw(0, 3, 0, "sample Crack", "normal", (50, z_dim)). checkpoint is a digest of the generator's file,
-whose name and step stand in export.json. From its row an image can be had again:
+manifest.csv has a row per image: file, group, class, z, checkpoint; an apostrophe stands before a class that a
+spreadsheet would take for a formula (=1+1, -x, @x). z is a function of the run's seed, the class and the image's number
+alone, so the first 100 images of 1000 are those of an export of 100: "0/3/0/sample Crack/17" is row 17 of
+okd_train.draw(0, 3, 0, "sample Crack", "normal", (50, z_dim)). checkpoint is a digest of the generator's file, whose
+name and step stand in export.json. From its row an image can be had again:
 
     import csv, sample
     rows = list(csv.DictReader(open("cracks/manifest.csv", newline="")))
@@ -77,6 +78,7 @@ if okd_train is None and __name__ != "__main__":
     raise ImportError("sample.py needs okd_train.py beside it")
 
 MOST = 10 ** 7                  # images of a class and group: a bound against slips, far above what a disk should hold
+FORMULA = ("=", "+", "-", "@", "\t", "\r")      # how a spreadsheet's formula may begin
 WRITERS = 8                     # most threads that compress PNGs while the next are drawn; more would wait for these
 
 
@@ -90,9 +92,9 @@ def export(args, s, script, saved):
     device = okd_train.pick_device(s.device)
     ranks = okd_train.Ranks(s.groups, okd_train.CHUNK, device)
     e = Export(args, s, script, saved, ranks, device)
-    with okd_train.Stop() as stop:
+    with okd_train.Stop() as stop, okd_train.Lock(*e.lock) as lock:
         begin = time.monotonic()
-        todo = e.open()
+        todo = e.open(lock)
         to_draw = images(todo)
         signalled, done = e.draw(todo, stop)
         if signalled:
@@ -164,8 +166,11 @@ class Export:
     def __init__(self, args, s, script, saved, ranks, device):
         self.s, self.script, self.ranks, self.npz, self.classes = s, script, ranks, args.npz, saved["classes"]
         out = Path(s.out)
-        self.target = out / "fakes" if args.to is None else Path(args.to).resolve()
+        self.target = Path(args.to or out / "fakes")
+        if args.to or self.target.is_symlink():
+            self.target = self.target.resolve()
         self.partial = self.target.parent / f".{self.target.name}.partial"
+        self.lock = self.target.parent, f".{self.target.name}.lock", f"{self.target} is being written", "--to"
         with ranks.together():
             files = group_files(args.group, s.groups, out)
             self.scores = scores_of(files, s.groups, out) if args.scored else None
@@ -198,11 +203,12 @@ class Export:
         """The .npz of group i."""
         return self.partial / f"G{i}.npz"
 
-    def open(self):
+    def open(self, lock):
         """Make the hidden folder, or go on with the one that is there -> the jobs that are still to be done."""
         todo = None
         with self.ranks.together():
             if self.ranks.rank == 0:
+                lock.take(self.progress.say)
                 open_folder(self.target, self.partial, self.plan)
                 todo = [job for job in self.jobs
                         if not (self.npz and whole(self.packed(job.group)) or all(map(whole, self.files(job))))]
@@ -304,7 +310,8 @@ def class_counts(n, per_class, classes, out):
 def named_counts(per_class, classes):
     """'Crack=500,Rust=20' -> {"Crack": 500, "Rust": 20}. UserError."""
     counts = {}
-    for part in per_class.split(","):
+    names = "|".join(re.escape(c) for c in sorted(classes, key=len, reverse=True))      # some may hold a comma
+    for part in re.findall(f"(?:^|,)((?:{names})=[^,]*|[^,]*)", per_class):
         name, _, n = part.rpartition("=")
         wrong = ("is not CLASS=N" if not name else
                  "names no class of this run" if name not in classes else
@@ -430,8 +437,8 @@ def redraw(run, row, model=None, device="cpu"):
     try:
         seed, chunk, zero, purpose, k = row["z"].split("/")
         seed, chunk, k, group = int(seed), int(chunk), int(k), int(row["group"].removeprefix("G"))
-        wanted = row["checkpoint"]
-        ours = purpose in ("fid", f"sample {row['class']}")
+        wanted, name = row["checkpoint"], name_in(row["class"])
+        ours = purpose in ("fid", f"sample {name}")
         if zero != "0" or not ours or min(seed, chunk) < 0 or not 0 <= k < okd_train.CHUNK:
             raise ValueError
     except (KeyError, ValueError, AttributeError, TypeError) as e:
@@ -441,7 +448,7 @@ def redraw(run, row, model=None, device="cpu"):
     if path is None:
         raise okd_train.UserError(f"{row.get('file')}: neither {paths[0]} nor {paths[1].name} is its generator, "
                                   f"checkpoint {wanted}; training went on, or it is another run")
-    return redrawn(path, wanted, seed, chunk, purpose, row["class"], model, device)[k].copy()
+    return redrawn(path, wanted, seed, chunk, purpose, name, model, device)[k].copy()
 
 
 @functools.lru_cache(maxsize=2)
@@ -511,6 +518,16 @@ def pack(paths, labels, group, classes, target):
                 np.lib.format.write_array(a, value, allow_pickle=False)
 
 
+def cell(name):
+    """A class's name as a cell that no spreadsheet takes for a formula: an apostrophe stands before =1+1, -x, @x."""
+    return f"'{name}" if name.lstrip("'").startswith(FORMULA) else name
+
+
+def name_in(cell):
+    """The name that cell() was given."""
+    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULA) else cell
+
+
 def write_manifest(plan, counts, labels, classes, path):
     """A row per image: file (PNG, or G1.npz#row of arr_0), group, class, z (of draw, then the row), checkpoint."""
     with okd_train.replacing(path) as f:
@@ -524,7 +541,7 @@ def write_manifest(plan, counts, labels, classes, path):
                 chunk, row = divmod(k, okd_train.CHUNK)
                 name = classes[labels[at]] if classes else ""
                 purpose = "fid" if "scored" in plan else f"sample {name}"
-                table.writerow((file, group, name, f"{plan['seed']}/{chunk}/0/{purpose}/{row}", of["checkpoint"]))
+                table.writerow((file, group, cell(name), f"{plan['seed']}/{chunk}/0/{purpose}/{row}", of["checkpoint"]))
         text.flush()
         text.detach()
 
@@ -571,7 +588,7 @@ def run(argv):
     args = arguments(argv)
     s, script, saved = okd_train.read_run(args.run, args.model)
     s.device, s.nproc, s.quick = args.device or s.device, args.nproc, False
-    okd_train.check_limits(s)
+    okd_train.check_limits(s, script)
     n = okd_train.processes(s)
     if n > 1:
         print(f"Starting {n} processes on this machine (--nproc 1 forbids).", flush=True)

@@ -456,3 +456,16 @@ def test_the_real_commands(script, argv, words, scene, root):
                        env=dict(ENV, PYTHONIOENCODING="ascii"))
     assert p.returncode == 2 and p.stdout == "" and p.stderr.count("\n") == 1 and words in p.stderr, p.stderr
     assert snapshot(scene) == before
+
+
+def test_an_empty_word_may_be_a_scripts_own_default(tmp_path):
+    text = OTHER.replace("width=8", "width=8, tag=''").replace("z_dim, width", "z_dim, width, tag")
+    (tmp_path / "tagged.py").write_text(text)
+    for argv, tag in (([], ""), (["--tag", ""], ""), (["--tag", "x"], "x")):
+        s, script, named = okd_train.parse(["--model", str(tmp_path / "tagged.py"), *argv])
+        okd_train.settle(s, script, named)
+        assert s.tag == tag
+    (tmp_path / "named.py").write_text(text.replace("tag=''", "tag='a'"))
+    s, script, named = okd_train.parse(["--model", str(tmp_path / "named.py"), "--tag", ""])
+    with pytest.raises(okd_train.UserError, match="--tag is empty"):
+        okd_train.settle(s, script, named)

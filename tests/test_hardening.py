@@ -273,6 +273,18 @@ def test_a_refused_start_leaves_no_folder(base, tmp_path, capsys):
     assert "cannot write" in refused(capsys, *base) and not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.parametrize("name", ["samples", "log.jsonl", "fid.jsonl"])
+def test_a_link_leads_no_run_outside_its_folder(name, base, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    place, outside = tmp_path / "run" / name, tmp_path / "outside"
+    (shutil.rmtree if place.is_dir() else Path.unlink)(place) if place.exists() else None
+    outside.mkdir() if name == "samples" else outside.write_bytes(b"")
+    place.symlink_to(outside)
+    before = snapshot(tmp_path)
+    assert f"{name} is a link" in refused(capsys, *base, "--resume", "--steps", "2")
+    assert snapshot(tmp_path) == before
+
+
 # ---------------------------------------------------------------------------------------------- a folder that changes
 def test_images_that_change_during_a_run(photos, tmp_path, capsys, monkeypatch):
     data = tmp_path / "data"

@@ -21,6 +21,7 @@ from PIL import Image
 
 import fid
 import okd_train
+import report
 import sample
 from conftest import noise
 
@@ -174,7 +175,7 @@ def test_any_export_holds_what_was_asked_for(runs, tmp_path, monkeypatch, capsys
         argv = ["--group", groups if isinstance(groups, str) else ",".join(map(str, groups))]
         argv += ["--npz"] * (draw % 3 == 1)
         if name == "acgan" and rng.random() < 0.6:
-            counts = {c: rng.randint(1, 70) for c in rng.sample(["Crack", "Spallation"], rng.randint(1, 2))}
+            counts = {c: rng.randint(1, 70) for c in rng.sample(CLASSES, rng.randint(1, 2))}
             argv += ["--per-class", ",".join(f"{c}={n}" for c, n in counts.items())]
             argv += [sum(counts.values())] * (rng.random() < 0.3)
         else:
@@ -232,6 +233,23 @@ def test_one_number_is_for_every_class(runs, tmp_path, capsys):
     export(runs / "acgan", tmp_path / "twelve", 12, "--per-class", "4", "--group", "1,3")
     assert tree(tmp_path / "to") == tree(tmp_path / "twelve")
     assert "N is 4 and --per-class, 12 in all, disagree" in refused(capsys, runs / "acgan", 4, "--per-class", "4")
+
+
+def test_classes_that_a_spreadsheet_would_run(tmp_path):
+    """And one whose name holds what stands between the counts; names of rows find their classes again."""
+    names = ["'@x", "+1,=2", "-x", "=1+1", "plain"]
+    data = noise(tmp_path / "photos", names, 2)
+    okd_train.main(["--model", "acgan", "--groups", "1", *TINY, "--data", str(data), "--steps", "1", "--out",
+                    str(tmp_path / "run")])
+    export(tmp_path / "run", tmp_path / "to", "--per-class", "+1,=2=1,=1+1=2,-x=1,'@x=1,plain=1")
+    rows = manifest(tmp_path / "to")
+    assert [row["class"] for row in rows] == ["''@x", "'+1,=2", "'-x", "'=1+1", "'=1+1", "plain"]
+    assert not any(cell[0] in "=+-@" for row in rows for cell in row.values())
+    for row in rows:
+        assert sample.name_in(row["class"]) == row["file"].split("/")[1]
+        assert np.array_equal(sample.redraw(tmp_path / "run", row), pixels(tmp_path / "to", row))
+    odd = ["'", "''", "'a", "'=", "''=", "=", "", "\tx", "a=b", "-"]
+    assert [sample.name_in(sample.cell(name)) for name in odd] == odd and len({*map(sample.cell, odd)}) == len(odd)
 
 
 def test_the_key_in_a_row_is_what_draw_takes(runs, tmp_path):
@@ -296,6 +314,27 @@ def test_a_model_script_that_moved(runs, root, tmp_path, capsys):
     assert tree(tmp_path / "to") == tree(tmp_path / "calm")
     row = manifest(tmp_path / "to")[0]
     assert np.array_equal(sample.redraw(run, row, model=str(tmp_path / "moved.py")), pixels(tmp_path / "to", row))
+
+
+@pytest.mark.parametrize("program, argv", [
+    (sample, ["3"]), (report, ["--curves"]), (okd_train, ["--resume"])])
+def test_a_script_that_a_run_names_is_said_before_it_runs(program, argv, runs, tmp_path, capsys):
+    """A run folder of others: what it names may be any program."""
+    run, script = tmp_path / "run", tmp_path / "odd\nname.py"
+    shutil.copytree(runs / "sagan", run)
+    script.write_text("print('it runs')\nraise ValueError")
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps({**args, "model": str(script), "script": str(script)}))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        program.main([*(["--out"] if program is okd_train else []), str(run), *argv])
+    words = f"Running the model script {tmp_path}/odd\\nname.py, which {run}/args.json names.\nit runs\n"
+    assert capsys.readouterr().out == words
+    state = okd_train.load_file(run / "G1.pt")
+    torch.save({**state, "model": str(script)}, run / "G1.pt")
+    with pytest.raises(okd_train.UserError):
+        okd_train.load_generator(run / "G1.pt")
+    assert capsys.readouterr().out == words.replace("args.json", "G1.pt")
 
 
 def test_more_processes_than_groups(runs, tmp_path):
@@ -446,6 +485,28 @@ def test_an_empty_folder_is_taken_and_fakes_is_the_default(runs, tmp_path, monke
     shutil.copytree(runs / "sagan", run)
     sample.main([str(run), "1"])
     assert tree(run / "fakes") == tree(tmp_path / "to") and not (run / ".fakes.partial").exists()
+    shutil.rmtree(run / "fakes")
+    for place in ("empty", "new"):                                  # a link is followed, and stays
+        (run / "fakes").unlink(missing_ok=True)
+        (run / "fakes").symlink_to(tmp_path / place)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        sample.main([str(run), "1"])
+        assert tree(tmp_path / place) == tree(tmp_path / "to") and (run / "fakes").is_symlink()
+
+
+def test_a_second_export_into_one_folder_is_refused(runs, tmp_path, monkeypatch, capsys):
+    """In the midst of the first: both would write the same files."""
+    real, texts = sample.Export.draw, []
+
+    def draw(self, *args):
+        if not texts:
+            texts.append(refused(capsys, runs / "sagan", 9, "--to", tmp_path / "to"))
+        return real(self, *args)
+    monkeypatch.setattr(sample.Export, "draw", draw)
+    export(runs / "sagan", tmp_path / "to", 9)
+    assert f"{tmp_path / 'to'} is being written by process {os.getpid()} on " in texts[0]
+    assert texts[0].endswith("or name another folder with --to\n")
+    assert len(manifest(tmp_path / "to")) == 18 and not list(tmp_path.glob(".*"))
 
 
 # ---------------------------------------------------------------------------------------------- the best group
