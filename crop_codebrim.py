@@ -37,6 +37,8 @@ import concurrent.futures
 import contextlib
 import csv
 import hashlib
+import itertools
+import json
 import math
 import os
 import re
@@ -58,7 +60,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 BACKGROUND = "Background"
-MAX_XML = 16 * 2 ** 20                                          # bytes; CODEBRIM's largest annotation is about 30 kB
+MAX_TEXT, MAX_JSON = 16 * 2 ** 20, 2 ** 30                      # bytes; CODEBRIM's largest annotation is about 30 kB
 COLUMNS = ["file", "photo", "box", "x", "y", "side"]            # then one column per flag, then class and split
 CHOICES = {"window": ("native", "box"), "label": ("rarest", "single", "random"), "small": ("around", "skip")}
 
@@ -88,6 +90,7 @@ class Photo(NamedTuple):
     taken: tuple                # (x0, y0, x1, y1) of everything marked as defect, usable or not
     certain: bool               # every mark has a place that could be read
     names: tuple                # all classes that the flags of its boxes name, set or not
+    split: str = ""             # part of the set that it comes in, where the set has its own
     frame: str = ""             # "turned": its boxes were drawn as EXIF shows it; "unclear": nobody can know
 
 
@@ -111,11 +114,17 @@ class Claim(NamedTuple):
     marks: tuple = ()           # of Marks; none: a photo without any defect
     unit: str = "object"        # what the file calls a mark
     reason: str = None          # why the file cannot be read
+    many: bool = False          # the file speaks of many photos: its own name is none of theirs
+    fractions: bool = False     # places are fractions of the photo's width and height
+    split: str = ""
+
+    def where(self):
+        return f"{self.source} image {self.filename}" if self.many else self.source
 
 
 class Mark(NamedTuple):
     index: int                  # place in its file
-    place: tuple = None         # x0, y0, x1, y1, half-open, from 0; None: unknown
+    place: tuple = None         # x0, y0, x1, y1, half-open, from 0, whole unless fractions; None: unknown
     flags: tuple = ()           # classes as written
     named: tuple = ()           # all flags, set or not, where there are flags
     reason: str = None          # why it gives no box
@@ -139,12 +148,12 @@ class Window(NamedTuple):
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
-def crop_folder(source, target, sheet=None, exif=None, **choices):
-    """Cut `source` into the new folder `target` and print the closing table; exif as for read_annotations(), choices as
-    for crops()."""
+def crop_folder(source, target, sheet=None, exif=None, boxes=None, **choices):
+    """Cut `source` into the new folder `target` and print the closing table; exif and boxes as for read_annotations(),
+    choices as for crops()."""
     source, target = Path(source), Path(target)
     check_places(source, target, sheet)
-    photos, skipped = read_annotations(source, exif)
+    photos, skipped = read_annotations(source, exif, boxes)
     started = time.monotonic()
     n_photos = len(photos) + sum(s.what == "photo" for s in skipped)
     with whole_or_not(target) as work, explained(skipped, target):
@@ -168,7 +177,7 @@ def crop_folder(source, target, sheet=None, exif=None, **choices):
             os.replace(part, sheet)
     for note in [*notes, *frame_notes(photos)]:
         print(note)
-    print_table(rows, choices.get("split"))
+    print_table(rows, choices.get("split") or sorted({r["split"] for r in rows} - {""}))
     print_left_out(skipped)
     for s in skipped:
         if s.what == "photo" and not s.reason.startswith(("photo without", "photo smaller", "photo of a type")):
@@ -352,8 +361,10 @@ def plan_buckets(photos, n, size, seed, window, label, balance, background, smal
     count = collections.Counter(f for p in photos for b in p.boxes for f in b.flags)
     rarity = {f: (count[f], f) for f in count}
     large, sources = list_sources(photos, size, window, label, small, rarity, skipped)
-    parts = assign_splits(large, split, rarity, seed) if split else {p.name: "" for p in large}
-    wanted = split or {"": 1}
+    if split and any(p.split for p in photos):
+        raise CropError("these photos come in splits of their own, which are kept: leave --split away")
+    parts = assign_splits(large, split, rarity, seed) if split else {p.name: p.split for p in large}
+    wanted = split or collections.Counter(s.photo.split for s in sources) or {"": 1}
     classes = sorted({c for s in sources for c in s.labels}) if balance else [None]
     buckets = []
     for c, n_class in zip(classes, shares(n, [1] * len(classes))):
@@ -364,6 +375,7 @@ def plan_buckets(photos, n, size, seed, window, label, balance, background, smal
         raise TooFew(f"{n} windows wanted, 0 exist: no box is usable")
     if background:
         sides = [s.sides for s in sources] or [(size, size)]
+        wanted = split or collections.Counter(p.split for p in large if p.certain) or {"": 1}
         for part, n_part in zip(wanted, shares(background, wanted.values())):
             pool = [Source(p, None, (BACKGROUND,), size, sides) for p in large if p.certain and parts[p.name] == part]
             buckets.append(Bucket(part, BACKGROUND, n_part, pool, Dice(seed, key("background"), key(part))))
@@ -604,13 +616,14 @@ def key(text):
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-def read_annotations(root, exif=None):
+def read_annotations(root, exif=None, boxes=None):
     """Read all annotations below root: (photos, skipped).
 
     photos: list of Photo sorted by name, each with a usable box or annotated as free of any; skipped: list of Skip,
     one of them for every other photo. Photos are opened for their size, not decoded. exif: "stored" or "turned", the
     pixels in which boxes lie where neither EXIF nor the size in the annotation tells; None: stored, and frame_notes()
-    says so. Raises CropError if root holds no annotation at all.
+    says so. boxes: "voc", "yolo" or "coco"; None: what lies there. Raises CropError if root holds no annotation at all,
+    or several kinds of them.
     """
     root = Path(root)
     if not root.is_dir():
@@ -619,9 +632,7 @@ def read_annotations(root, exif=None):
     files, skipped = walk(root)
     pictures = Pictures(files)
     skipped += [Skip("photo", n, f"photo of a type that is not read: {t}") for n, t in pictures.unread.items()]
-    claims = list(voc_claims(files))
-    if not claims:
-        raise CropError(f"{root}: no .xml files in it; expected annotations/NAME.xml for images/NAME.jpg")
+    claims = read_claims(root, files, pictures, boxes)
     owned, doubtful = pictures.share_out(claims, skipped)
     spelling = settle_classes(claims)
     stems = {folded(Path(name).stem) for name in owned}
@@ -629,8 +640,8 @@ def read_annotations(root, exif=None):
     for name, path in pictures.paths.items():
         try:
             if name not in owned:
-                other = " of its own (a mask, a drawing or a copy?)" if folded(Path(name).stem) in stems else ""
-                raise Unusable(f"photo without annotation{other}")
+                known = folded(Path(name).stem.split("_-_")[0]) in stems        # NAME_-_1.png: CODEBRIM's copies
+                raise Unusable("photo without annotation" + " of its own (a mask, a drawing or a copy?)" * known)
             photo, skips = read_photo(name, path, owned[name], exif, spelling, name not in doubtful)
             skipped += skips
             if not photo.boxes and any(claim.marks for claim in owned[name]):
@@ -639,6 +650,39 @@ def read_annotations(root, exif=None):
         except Unusable as e:
             skipped.append(Skip("photo", name, str(e)))
     return photos, skipped
+
+
+def read_claims(root, files, pictures, boxes):
+    """The claims of the one format that lies below root."""
+    readers = dict(classification=codebrim_claims, voc=voc_claims, yolo=yolo_claims, coco=coco_claims)
+    found = {kind: list(reader(files, pictures)) for kind, reader in readers.items() if boxes in (None, kind)}
+    found = {kind: claims for kind, claims in found.items() if claims}
+    marked = [kind for kind, claims in found.items() if any(claim.marks for claim in claims)] or list(found)[:1]
+    if len(marked) > 1:
+        counts = " and ".join(f"{kind} ({len(found[kind])} photos)" for kind in marked)
+        raise CropError(f"{root}: holds boxes as {counts}: name a folder of one kind, or --boxes voc, yolo or coco")
+    if not marked:
+        raise CropError(nothing_found(root, files, pictures, boxes))
+    return found[marked[0]]
+
+
+def nothing_found(root, files, pictures, boxes):
+    """What the user is told where no annotation is: what lies there instead."""
+    stem = lambda name: folded(Path(name).stem)
+    count = collections.Counter(map(stem, pictures.paths))
+    masks = [n for n in pictures.paths if count[stem(n)] > 1 or MASK_FOLDER.search(folded(os.path.dirname(n)))
+             or re.search("[_-](mask|gt|label|seg)s?$", stem(n))]
+    n_json = sum(path.suffix.lower() == ".json" for _, path in files)
+    hint = f"expected NAME.xml or NAME.txt for NAME.jpg, or COCO's .json; {len(pictures.paths)} photos are there"
+    if masks:
+        hint = (f"only masks ({masks[0]}), from which no boxes are read: let the labelling program export boxes or "
+                "polygons as VOC, YOLO or COCO")
+    elif n_json:
+        hint = f"its {n_json} .json are not COCO's: let the labelling program export VOC, YOLO or COCO"
+    elif pictures.folders - {()}:
+        hint += "; folders of classes need no boxes: okd_train.py --data takes them as they are"
+    sought = dict(voc=".xml files", yolo="YOLO .txt", coco="COCO .json")
+    return f"{root}: no {sought.get(boxes, '.xml files, YOLO .txt or COCO .json')} in it; {hint}"
 
 
 def read_photo(name, path, claims, exif, spelling, certain):
@@ -659,7 +703,10 @@ def read_photo(name, path, claims, exif, spelling, certain):
                 if mark.place is None:
                     certain = False
                     raise Unusable(mark.reason)
-                x0, y0, x1, y1 = place = stored(mark.place, width, height, turn if turned else 1)
+                w, h = (height, width) if turned and turn >= 5 else (width, height)
+                x0, y0, x1, y1 = mark.place
+                shown = pixels(x0 * w, y0 * h, x1 * w, y1 * h) if claim.fractions else mark.place
+                x0, y0, x1, y1 = place = stored(shown, width, height, turn if turned else 1)
                 if x1 <= x0 or y1 <= y0:
                     raise Unusable("box outside its photo")
                 taken.append(place)                                    # even if nobody can say by which defect
@@ -680,7 +727,7 @@ def read_photo(name, path, claims, exif, spelling, certain):
             except Unusable as e:
                 skips.append(Skip("box", f"{claim.source} {claim.unit} {mark.index}", str(e)))
     boxes, names = tuple(boxes.values()), tuple(sorted(names))
-    return Photo(path, name, width, height, boxes, tuple(taken), certain, names, frame), skips
+    return Photo(path, name, width, height, boxes, tuple(taken), certain, names, claims[0].split, frame), skips
 
 
 def is_turned(said, size, turn, exif):
@@ -794,21 +841,24 @@ class Pictures:
         for claim in claims:
             try:
                 if claim.reason:
-                    skipped.append(Skip("annotation", claim.source, claim.reason))
+                    skipped.append(Skip("annotation", claim.where(), claim.reason))
                 owned[self.find(claim)].append(claim)
             except Unusable as e:
                 doubtful.update(e.names)
                 if not claim.reason:
                     between = f" ({', '.join(e.names)})" if e.names else ""
-                    skipped.append(Skip("annotation", claim.source + between, str(e)))
+                    skipped.append(Skip("annotation", claim.where() + between, str(e)))
         return owned, doubtful
 
     def find(self, claim):
         """The name of the claim's photo: the nearest of those called as its file, else of those that it names."""
         folder, file = os.path.split(claim.source)
         stem = os.path.splitext(file)[0]
-        said = re.split(r"[/\\]", claim.filename or "")[-1].strip()
-        mine, other = self.look(stem), self.look(said) if said else []
+        *above, said = re.split(r"[/\\]", claim.filename or "")
+        mine, other = [] if claim.many else self.look(stem), self.look(said.strip()) if said.strip() else []
+        tail = folded("/".join(["", *above, said]))
+        if claim.many and above and sum(("/" + folded(name)).endswith(tail) for name in other) == 1:
+            return next(name for name in other if ("/" + folded(name)).endswith(tail))
         own, named = self.near(folder, mine), self.near(folder, other)
         alien = folded(Path(said).stem) not in (folded(stem), folded(Path(stem).stem))     # more than another suffix
         if own and named and alien and Path(said).suffix.lower() in IMAGE_TYPES and not set(own) & set(named):
@@ -817,6 +867,8 @@ class Pictures:
         for better in (lambda name: Path(name).stem == stem, lambda name: folded(Path(name).name) == folded(said)):
             if len({os.path.dirname(name) for name in found}) == 1 < len(found):
                 found = [name for name in found if better(name)] or found
+        if len(found) > 1 and claim.many:                              # instances_train.json: train/, not val/
+            found = [n for n in found if any(part in folded(stem) for part in place_of(n.split("/")[:-1]))] or found
         if len(found) > 1 and self.alike(found):
             found = found[:1]
         if len(found) == 1 and found[0] in self.paths:
@@ -875,13 +927,15 @@ def folded(name):
 
 # ---- Pascal VOC, with CODEBRIM's <Defect> flags ----------------------------------------------------------------------
 
-def voc_claims(files):
+def voc_claims(files, pictures):
     """A Claim for every .xml."""
     for name, path in files:
         if path.suffix.lower() != ".xml":
             continue
         try:
             root = parse_xml(path)
+            if root.tag != "annotation":
+                raise Unusable("XML that is no VOC annotation")
             size, objects = root.find("size"), root.findall("object")
             known = any(root.find(tag) is not None for tag in ("filename", "folder", "path", "size"))
             if not objects and (not known or next(root.iter("bndbox"), None) is not None):
@@ -970,6 +1024,12 @@ def rounded(number):
     return math.floor(number + 0.5)                                    # halves up
 
 
+def pixels(x0, y0, x1, y1):
+    """The whole pixels nearest to a box, one at least."""
+    x, y = rounded(x0), rounded(y0)
+    return x, y, max(rounded(x1), x + 1), max(rounded(y1), y + 1)
+
+
 def child(element, tag):
     """The text of the only child of that name; None where there is none."""
     found = element.findall(tag)
@@ -981,13 +1041,7 @@ def child(element, tag):
 def parse_xml(path):
     """Root element of an annotation. UTF-8, UTF-16 and declared 8-bit encodings; anything with a DOCTYPE or ENTITY is
     refused on the decoded text, before a parser sees it."""
-    try:
-        with open(path, "rb") as f:
-            data = f.read(MAX_XML + 1)
-    except OSError as e:
-        raise Unusable(f"XML cannot be read: {e.strerror}")
-    if len(data) > MAX_XML:
-        raise Unusable("XML larger than 16 MB")
+    data = read_bytes(path, "XML", MAX_TEXT)
     if not data.strip():
         raise Unusable("empty XML")
     declared = re.match(rb"(?:\xef\xbb\xbf)?\s*<\?xml[^>]*?encoding\s*=\s*[\"']([A-Za-z0-9._-]+)", data[:300])
@@ -1009,9 +1063,216 @@ def parse_xml(path):
     if "}" in root.tag:                        # a namespace
         for element in root.iter():
             element.tag = element.tag.rpartition("}")[2]
-    if root.tag != "annotation":
-        raise Unusable("XML that is no VOC annotation")
     return root
+
+
+def read_bytes(path, what, most):
+    try:
+        with open(path, "rb") as f:
+            data = f.read(most + 1)
+    except OSError as e:
+        raise Unusable(f"{what} cannot be read: {e.strerror}")
+    if len(data) > most:
+        raise Unusable(f"{what} larger than {most >> 20} MB")
+    return data
+
+
+# ---- CODEBRIM's classification set -----------------------------------------------------------------------------------
+# {train,val,test}/{defects,background}/NAME.png and metadata/{defects,background}.xml, where each <Defect> has the file
+# name as its only attribute and the flags as children; NAME_-_1.png is a copy of NAME.png. As the authors' loader reads
+# it: github.com/MrtnMndt/meta-learning-CODEBRIM, MetaQNN/lib/Datasets/datasets.py.
+
+def codebrim_claims(files, pictures):
+    """A Claim for every ready-made crop: one box, the whole of it, or none where it shows background."""
+    entries = {}
+    for name, path in files:
+        if re.search(r"(^|/)metadata/(defects|background)\.xml$", name):
+            try:
+                for element in parse_xml(path).iter("Defect"):
+                    entries[f"{path.stem}/{next(iter(element.attrib.values()), '')}"] = name, element
+            except Unusable as e:
+                yield Claim(name, reason=str(e))
+    used = set()
+    for picture in pictures.paths:
+        *above, split, kind, file = ["", "", *picture.split("/")]
+        copied = "_-_" in file and picture.split("_-_")[0] + Path(file).suffix in pictures.paths
+        entry = f"{kind}/{file.split('_-_')[0] + Path(file).suffix if '_-_' in file else file}"
+        if split not in ("train", "val", "test") or copied or entry not in entries:
+            continue
+        used.add(entry)
+        source, element = entries[entry]
+        try:
+            mark = Mark(0, (0, 0, 1, 1), *flags_of(element))
+        except Unusable as e:
+            mark = Mark(0, (0, 0, 1, 1), reason=str(e))
+        marks = () if mark.flags == (BACKGROUND,) else (mark,)
+        yield Claim(source, picture, None, marks, many=True, fractions=True, split=split)
+    for entry in sorted(entries.keys() - used):
+        yield Claim(entries[entry][0], entry, reason="annotation without a photo", many=True)
+
+
+# ---- YOLO ------------------------------------------------------------------------------------------------------------
+
+def yolo_claims(files, pictures):
+    """A Claim for every .txt with lines "class x y width height" or "class x1 y1 x2 y2 x3 y3 ...", as fractions."""
+    lists = None
+    for name, path in files:
+        if path.suffix.lower() != ".txt" or class_list(path):
+            continue
+        try:
+            text = read_bytes(path, "text", MAX_TEXT).decode("utf-8-sig", "replace")
+            lines = [(k, line.split()) for k, line in enumerate(text.splitlines(), 1) if line.strip()]
+            labels = any(len(words) >= 5 and None not in map(value, words) for _, words in lines)
+            if not labels and not pictures.look(path.stem):
+                continue                                               # a readme, a list of files
+            if lines and not labels:
+                raise Unusable("text that holds no YOLO labels")
+        except Unusable as e:
+            yield Claim(name, reason=str(e))
+            continue
+        lists = class_lists(files) if lists is None else lists
+        names = nearest_list(lists, name)
+        yield Claim(name, marks=tuple(yolo_mark(k, words, names) for k, words in lines), unit="line", fractions=True)
+
+
+def yolo_mark(index, words, names):
+    """names: {class number: name}, empty where no file gives them."""
+    numbers = [value(word) for word in words]
+    if None in numbers or len(numbers) < 5 or not len(numbers) % 2 or numbers[0] != int(numbers[0]):
+        return Mark(index, reason="line that is neither a box nor a polygon")
+    k, *rest = numbers
+    if max(map(abs, rest)) > 2:
+        return Mark(index, reason="line whose numbers are no fractions of the photo")
+    x0, y0, x1, y1 = min(rest[::2]), min(rest[1::2]), max(rest[::2]), max(rest[1::2])
+    if len(rest) == 4:
+        x, y, w, h = rest
+        x0, y0, x1, y1 = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+    if x1 <= x0 or y1 <= y0:
+        return Mark(index, reason="box that ends before it begins")
+    name = names.get(int(k), "") if names else str(int(k))
+    reason = None if name else "box whose class number has no name"
+    return Mark(index, (x0, y0, x1, y1), (name,) if name else (), reason=reason)
+
+
+def class_list(path):
+    """What kind of list of class names a file may be, by its name."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return "yaml"
+    return "lines" * (path.name.lower() in ("classes.txt", "predefined_classes.txt", "_darknet.labels")
+                      or path.suffix.lower() == ".names")
+
+
+def class_lists(files):
+    """[(file, {class number: name})] of all lists of class names."""
+    lists = []
+    for name, path in files:
+        kind = class_list(path)
+        if not kind:
+            continue
+        try:
+            text = read_bytes(path, "list of classes", MAX_TEXT).decode("utf-8-sig", "replace")
+        except Unusable as e:
+            raise CropError(f"{name}: {e}")
+        names = yaml_names(text, name) if kind == "yaml" else dict(enumerate(map(str.strip, text.splitlines())))
+        if names is not None:
+            lists.append((name, names))
+    return lists
+
+
+def nearest_list(lists, source):
+    """The names that hold for a file of labels: of the list in its own folder, else in the nearest one above it."""
+    def away(name):
+        here, there = source.split("/")[:-1], name.split("/")[:-1]
+        shared = len(os.path.commonprefix([here, there]))
+        return -shared, len(there) - shared
+    least = min((away(name) for name, _ in lists), default=None)
+    best = [(name, names) for name, names in lists if away(name) == least]
+    for name, names in best[1:]:
+        if {k: v for k, v in names.items() if v} != {k: v for k, v in best[0][1].items() if v}:
+            raise CropError(f"{best[0][0]} and {name} give other names to the classes: remove the wrong one")
+    return best[0][1] if best else {}
+
+
+def yaml_names(text, file):
+    """{number: name} from the names of a data.yaml, a list or a mapping, inline or a block; None without names."""
+    lines = [re.sub(r"(^|\s)#.*", "", line).rstrip() for line in text.splitlines()]
+    begin = next((i for i, line in enumerate(lines) if re.match(r"names\s*:", line)), None)
+    if begin is None:
+        return None
+    first = lines[begin].partition(":")[2].strip()
+    block = list(itertools.takewhile(lambda line: line[:1] in " \t-]}", lines[begin + 1:]))         # "" is in it, too
+    flow = re.fullmatch(r"\[(.*)\]|\{(.*)\}", " ".join([first, *block]).strip())
+    if flow:
+        items = re.findall(r"""((?:"[^"]*"|'[^']*'|[^,"'])+)""", flow[1] or flow[2] or "")
+    else:
+        items = [] if first else [line.strip().removeprefix("- ") for line in block if line]
+    names = {}
+    for i, item in enumerate(filter(None, map(str.strip, items))):
+        number, name = re.fullmatch(r"(?:(\d+)\s*:\s)?\s*(.*)", item).groups()
+        names[i if number is None else int(number)] = name.strip("'\"")
+    if not names or not all(names.values()):
+        raise CropError(f"{file}: its names cannot be read; write them as names: [first, second]")
+    return names
+
+
+# ---- COCO ------------------------------------------------------------------------------------------------------------
+
+def coco_claims(files, pictures):
+    """A Claim for every image of every .json that is COCO's."""
+    for name, path in files:
+        if path.suffix.lower() != ".json":
+            continue
+        try:
+            data = json.loads(read_bytes(path, "JSON", MAX_JSON))
+        except Unusable as e:
+            yield Claim(name, reason=str(e))
+        except (ValueError, RecursionError):
+            yield Claim(name, reason="JSON that cannot be parsed")
+        else:
+            if isinstance(data, dict) and all(isinstance(data.get(key), list) for key in ("images", "annotations")):
+                yield from coco_images(name, data)
+
+
+def coco_images(source, data):
+    dicts = lambda key: [d for d in data[key] if isinstance(d, dict)] if isinstance(data.get(key), list) else []
+    text = lambda v: str(v).encode("utf-8", "replace").decode() if isinstance(v, (str, int)) else ""     # half characters
+    names = {str(c.get("id")): text(c.get("name")).strip() for c in dicts("categories")}
+    images, marks = collections.defaultdict(list), collections.defaultdict(list)
+    for image in dicts("images"):
+        images[str(image.get("id"))].append(image)
+    for i, a in enumerate(dicts("annotations")):
+        marks[str(a.get("image_id"))].append(coco_mark(a.get("id", i), a, names.get(str(a.get("category_id")))))
+    for k, (image, *more) in images.items():
+        for again in more:
+            yield Claim(source, text(again.get("file_name")), reason="image whose id is given twice", many=True)
+        size = image.get("width"), image.get("height")
+        size = size if all(map(is_number, size)) and min(size) > 0 else None
+        reason = "image whose id is given twice" if more else None
+        found = tuple(marks.pop(k, ()))
+        yield Claim(source, text(image.get("file_name")), size, () if more else found, "annotation", reason, True)
+    for k in marks:
+        yield Claim(source, f"id {k}", reason="annotations of an image that is not listed", many=True)
+
+
+def coco_mark(index, a, name):
+    """a: an annotation; name: of its category, None without. The box, or what goes round all polygons."""
+    box, outline, place = a.get("bbox"), a.get("segmentation"), None
+    parts = outline if type(outline) is list else []
+    polygons = [v for part in parts for v in (part if type(part) is list else [part])]
+    if type(box) is list and len(box) == 4 and all(map(is_number, box)) and min(box[2:]) > 0:
+        x, y, w, h = box
+        place = pixels(x, y, x + w, y + h)
+    elif len(polygons) >= 6 and len(polygons) % 2 == 0 and all(map(is_number, polygons)):
+        place = pixels(min(polygons[::2]), min(polygons[1::2]), max(polygons[::2]), max(polygons[1::2]))
+    reasons = {"crowd of objects (iscrowd)": a.get("iscrowd"), "mask in run lengths (RLE)": type(outline) is dict,
+               "box without coordinates": place is None and not box and not polygons,
+               "box whose coordinates cannot be read": place is None, "box without a class": not name}
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    return Mark(index, place, () if reason else (name,), reason=reason)
+
+
+def is_number(v):
+    return type(v) in (int, float) and abs(v) < 1e9
 
 
 def open_photo(path):
@@ -1239,7 +1500,7 @@ def draw_sheet(folder, rows, size):
 
 def print_table(rows, split):
     """The crops by class and split."""
-    parts = list(split or [])
+    parts = list(split)
     classes = sorted({r["class"] for r in rows})
     wide = max(map(len, ["class", "all", *classes]))
     print(f"{'class':{wide}}  photos   crops" + "".join(f"{p:>8}" for p in parts))
@@ -1257,7 +1518,7 @@ def print_left_out(skipped):
     if skipped:
         print("left out (all of them: skipped.csv)")
     for reason, group in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        print(f"{len(group):8}  {reason}: {group[0].where}" + (", ..." if len(group) > 1 else ""))
+        print(f"{len(group):8}  {reason}: {printable(group[0].where)}" + (", ..." if len(group) > 1 else ""))
 
 
 class Progress:
@@ -1310,6 +1571,8 @@ def arguments(argv):
     add("--upright", action="store_true",
         help="turn crops as the EXIF of their photo says (default: as they are stored); boxes and crops.csv keep to "
              "stored pixels")
+    add("--boxes", choices=("voc", "yolo", "coco"),
+        help="format of the boxes: Pascal VOC's .xml, YOLO's .txt or COCO's .json (default: the one that lies there)")
     add("--exif", choices=("stored", "turned"),
         help="where nothing tells: boxes lie in pixels of the photo as it is stored, or as its EXIF turns it (default: "
              "stored, with a count)")
@@ -1395,9 +1658,12 @@ def guarded(program, work):
 
 def one_line(program, message):
     """Print what the user can mend, whatever a file's name holds, and return the exit status."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
-    print(f"{program}: error: {text}", file=sys.stderr)
+    print(f"{program}: error: {printable(message)}", file=sys.stderr)
     return 2
+
+
+def printable(text):
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def on_term(signum, frame):

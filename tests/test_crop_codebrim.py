@@ -3,6 +3,7 @@ import collections
 import concurrent.futures
 import csv
 import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -576,6 +577,223 @@ def test_loops_of_links_and_pipes(tmp_path):
     os.mkfifo(tmp_path / "images/pipe.jpg")
     os.symlink(tmp_path, tmp_path / "images" / "up")
     assert len(read_annotations(tmp_path)[0]) == 1
+
+
+# ---- YOLO, COCO, CODEBRIM's classification set ----------------------------------------------------------------------
+
+def yolo_line(number, x0, y0, x1, y1, size=(100, 80)):
+    w, h = size
+    return f"{number} {(x0 + x1) / 2 / w:.6f} {(y0 + y1) / 2 / h:.6f} {(x1 - x0) / w:.6f} {(y1 - y0) / h:.6f}\n"
+
+
+@pytest.mark.parametrize("name, text", [
+    ("data.yaml", "train: ../train\nnc: 3\nnames: ['Crack', 'Exposed bars', 'Rust']\n"),
+    ("data.yaml", "names: [Crack, Exposed bars, Rust]   # three\nnc: 3\n"),
+    ("data.yaml", "names: [\n  \"Crack\",  # first\n  'Exposed bars',\n  Rust,\n]\nnc: 3\n"),
+    ("data.yaml", "names: {0: Crack, 1: 'Exposed bars', 2: Rust}\n"),
+    ("data.yaml", "path: x\nnames:\n  0: Crack\n  1: Exposed bars # iron\n  2: 'Rust'\n\nnc: 3\n"),
+    ("data.yaml", "names:\n- Crack\n- Exposed bars\n- \"Rust\"\nroboflow:\n  license: MIT\n"),
+    ("dataset.yml", "\ufeffnames:\r\n  - Crack\r\n  - Exposed bars\r\n  - Rust\r\n"),
+    ("labels/classes.txt", "Crack\nExposed bars\nRust\n\n"),
+    ("obj.names", "Crack\r\nExposed bars\r\nRust"),
+    (None, None),
+])
+def test_yolo_and_its_class_lists(tmp_path, name, text):
+    photo_at(tmp_path, "images/a.png", size=(300, 200))
+    photo_at(tmp_path, "images/free.png", 1, size=(300, 200))
+    lines = [yolo_line(0, 10, 20, 90, 110, (300, 200)), "\n", yolo_line(2, 100, 100, 300, 200, (300, 200)),
+             "1 0.5 0.1 0.9 0.1 0.9 0.45\n"]
+    text_at(tmp_path, "labels/a.txt", "".join(lines))
+    text_at(tmp_path, "labels/free.txt", "")
+    text_at(tmp_path, "README.txt", "This set was labelled\nby 3 people in 2 days")
+    text_at(tmp_path, "train.txt", "images/a.png\n")
+    if name:
+        text_at(tmp_path, name, text)
+    photos, skipped = read_annotations(tmp_path)
+    names = ("Crack", "Rust", "Exposed bars") if name else ("0", "2", "1")
+    places = [(10, 20, 90, 110), (100, 100, 300, 200), (150, 20, 270, 90)]
+    assert skipped == [] and [p.name for p in photos] == ["images/a.png", "images/free.png"]
+    assert photos[0].boxes == tuple(cc.Box(k, *places[k], (names[k],)) for k in range(3)) and photos[1].boxes == ()
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("0 0.5 0.5 0.5", "line that is neither a box nor a polygon"),
+    ("0 0.5 0.5 0.5 0.5 0.9", "line that is neither a box nor a polygon"),              # a detector's output
+    ("0.5 0.5 0.5 0.5 0.5", "line that is neither a box nor a polygon"),
+    ("crack 0.5 0.5 0.5 0.5", "line that is neither a box nor a polygon"),
+    ("0 nan 0.5 0.5 0.5", "line that is neither a box nor a polygon"),
+    ("0 150 100 80 90", "line whose numbers are no fractions of the photo"),
+    ("0 0.5 0.5 0 0.5", "box that ends before it begins"),
+    ("0 1.5 0.5 0.2 0.2", "box outside its photo"),
+    ("7 0.5 0.5 0.2 0.2", "box whose class number has no name"),
+])
+def test_lines_of_yolo_that_are_left_out(tmp_path, line, reason):
+    photo_at(tmp_path, "a.png")
+    text_at(tmp_path, "a.txt", f"{line}\n0 0.5 0.5 0.9 0.9\n")
+    text_at(tmp_path, "classes.txt", "Crack\n")
+    photos, skipped = read_annotations(tmp_path)
+    assert skipped == [("box", "a.txt line 1", reason)] and photos[0].boxes == (cc.Box(1, 5, 4, 95, 76, ("Crack",)),)
+    placed = reason in ("box outside its photo", "box whose class number has no name")
+    assert photos[0].certain == placed and len(photos[0].taken) == 1 + (reason.endswith("no name"))
+
+
+def test_the_nearest_class_list_holds(tmp_path):
+    for site, name in (("s1", "Crack"), ("s2", "Rust")):
+        photo_at(tmp_path, f"{site}/images/train/1.png")
+        text_at(tmp_path, f"{site}/labels/train/1.txt", "0 0.5 0.5 0.9 0.9\n")
+        text_at(tmp_path, f"{site}/data.yaml", f"names: [{name}]")
+    assert [p.names for p in read_annotations(tmp_path)[0]] == [("Crack",), ("Rust",)]
+    text_at(tmp_path, "s1/classes.txt", "Wear\n")
+    with pytest.raises(CropError, match="s1/classes.txt and s1/data.yaml give other names to the classes"):
+        read_annotations(tmp_path)
+
+
+def coco_of(images, annotations, categories=("Crack", "Rust")):
+    return dict(images=[dict(id=k, file_name=name, **({"width": w, "height": h} if w else {}))
+                        for k, (name, w, h) in enumerate(images)],
+                annotations=[dict(dict(id=k, category_id=1), **a) for k, a in enumerate(annotations)],
+                categories=[dict(id=k + 1, name=name) for k, name in enumerate(categories)])
+
+
+def test_coco(tmp_path):
+    for k, name in enumerate(["images/a.png", "images/b.png", "images/free.png"]):
+        photo_at(tmp_path, name, k)
+    crowd, rle = dict(iscrowd=1, segmentation={}), dict(segmentation=dict(counts=[1, 2], size=[80, 100]))
+    text_at(tmp_path, "annotations/instances.json", json.dumps(coco_of(
+        [("a.png", 100, 80), ("images/b.png", None, None), ("C:\\x\\free.png", 100, 80), ("gone.png", 9, 9)],
+        [dict(image_id=0, bbox=[10, 0, 70.4, 79.6]), dict(image_id=0, bbox=[0, 0, 9, 9], **crowd),
+         dict(image_id=1, category_id=2, segmentation=[[5, 6, 50, 6, 50, 70], [60, 6, 90, 6, 90, 77.2]]),
+         dict(image_id=1, bbox=[1, 2, 30, 40], **rle), dict(image_id=1, bbox=[1, 2, 30]), dict(image_id=1, bbox=[]),
+         dict(image_id=1, category_id=9, bbox=[1, 2, 30, 40]), dict(image_id=1, bbox=[1, 2, "3", 40]),
+         dict(image_id=99, bbox=[1, 2, 30, 40])])))
+    photos, skipped = read_annotations(tmp_path)
+    assert [p.boxes for p in photos] == [(cc.Box(0, 10, 0, 80, 80, ("Crack",)),),
+                                         (cc.Box(0, 5, 6, 90, 77, ("Rust",)),), ()]
+    assert [p.certain for p in photos] == [True, False, True] and len(photos[0].taken) == 2
+    assert reasons(skipped) == {
+        "crowd of objects (iscrowd)": 1, "mask in run lengths (RLE)": 1, "box whose coordinates cannot be read": 2,
+        "box without coordinates": 1, "box without a class": 1, "annotation without a photo": 1,
+        "annotations of an image that is not listed": 1}
+    assert ("box", "annotations/instances.json annotation 3", "mask in run lengths (RLE)") in skipped
+    assert ("annotation", "annotations/instances.json image gone.png", "annotation without a photo") in skipped
+
+
+@pytest.mark.parametrize("data, reason", [
+    (b"{", "JSON that cannot be parsed"), (b"[" * 100_000, "JSON that cannot be parsed"),
+    (b"\xff\xfe{", "JSON that cannot be parsed"),
+    (json.dumps(dict(images=[dict(id=0, file_name="b.png"), dict(id=0, file_name="a.png")],
+                     annotations=[dict(image_id=0, bbox=[1, 1, 9, 9])])).encode(), "image whose id is given twice"),
+    (json.dumps(dict(images=[3, None, dict(id=[0], file_name=7)], annotations=[None, 4, dict(image_id={})],
+                     categories=5)).encode(), "annotation without a photo"),
+    (json.dumps(dict(images=[dict(id=0, file_name="\ud800.png", width="9", height=1e999)],
+                     annotations=[dict(image_id=0, bbox=[10 ** 400, 0, 1, 1])])).encode(),
+     "annotation without a photo"),
+])
+def test_bad_json_is_skipped(tmp_path, data, reason):
+    for name in ("a.png", "b.png", "good.png"):
+        photo_at(tmp_path, name)
+    good = coco_of([("good.png", 100, 80)], [dict(image_id=0, bbox=[1, 1, 70, 70])])
+    text_at(tmp_path, "good.json", json.dumps(good))
+    (tmp_path / "bad.json").write_bytes(data)
+    cc.crop_folder(tmp_path, tmp_path.parent / "bad_json_crops", n=3)
+    shutil.rmtree(tmp_path.parent / "bad_json_crops")
+    photos, skipped = read_annotations(tmp_path)
+    assert [p.name for p in photos] == ["good.png"] and reason in reasons(skipped)
+
+
+def test_coco_finds_photos_of_equal_names(tmp_path):
+    for k, part in enumerate(("train2017", "val2017")):
+        photo_at(tmp_path, f"{part}/1.png", k)
+        text_at(tmp_path, f"annotations/instances_{part}.json",
+                json.dumps(coco_of([("1.png", 100, 80)], [dict(image_id=0, bbox=[k, 1, 70, 70])])))
+    assert [(p.name, p.boxes[0].x0) for p in read_annotations(tmp_path)[0]] == [("train2017/1.png", 0),
+                                                                              ("val2017/1.png", 1)]
+
+
+def test_several_formats_are_told_apart_or_refused(tmp_path):
+    photo_at(tmp_path, "images/a.png")
+    voc_at(tmp_path, "voc/a.xml", "a.png", (1, 1, 80, 70, "Voc"))
+    text_at(tmp_path, "labels/a.txt", "0 0.5 0.5 0.9 0.9\n")
+    text_at(tmp_path, "classes.txt", "Yolo\n")
+    text_at(tmp_path, "coco.json", json.dumps(coco_of([("a.png", 0, 0)], [dict(image_id=0, bbox=[1, 1, 70, 70])])))
+    with pytest.raises(CropError, match=r"voc \(1 photos\) and yolo \(1 photos\) and coco \(1 photos\): name a folder"):
+        read_annotations(tmp_path)
+    for kind, name in (("voc", "Voc"), ("yolo", "Yolo"), ("coco", "Crack")):
+        assert read_annotations(tmp_path, boxes=kind)[0][0].names == (name,)
+
+
+@pytest.mark.parametrize("files, said", [
+    (["images/a.png", "masks/a.png"], r"only masks \(images/a.png\)"),
+    (["a.png", "a_mask.png"], r"only masks \(a_mask.png"),
+    (["SegmentationClass/a.png"], "only masks"), (["a.jpg", "a.png"], "only masks"),
+    (["a.png", "a.json"], r"its 1 .json are not COCO's"), (["crack/a.png", "wear/b.png"], "okd_train.py --data"),
+    (["a.png"], "1 photos are there"), (["a.png", "readme.txt", "list.txt"], "1 photos are there"),
+])
+def test_a_folder_without_boxes_is_told_what_it_holds(tmp_path, files, said):
+    for name in files:
+        if name.endswith((".png", ".jpg")):
+            photo_at(tmp_path, name)
+        else:
+            text_at(tmp_path, name, '{"shapes": []}')
+    with pytest.raises(CropError, match=f"no .xml files, YOLO .txt or COCO .json in it; .*{said}"):
+        read_annotations(tmp_path)
+
+
+def flag_xml(entries):
+    return "<?xml version='1.0'?>\n<Annotation>" + "".join(
+        f'<Defect name="{name}">' + "".join(f"<{f}>{int(f in flags)}</{f}>" for f in FLAGS) + "</Defect>"
+        for name, flags in entries.items()) + "</Annotation>"
+
+
+@pytest.fixture
+def classified(tmp_path):
+    """An imitation of CODEBRIM's balanced classification set."""
+    root, defects, free = tmp_path / "classification_dataset_balanced", {}, {}
+    for k in range(12):
+        name = f"image_{k:07d}_crop_0000001.png"
+        part = ["train", "train", "val", "test"][k % 4]
+        defects[name] = [("Crack",), ("Spallation", "ExposedBars")][k % 2]
+        photo_at(root, f"{part}/defects/{name}", k, size=(90 + k, 70 + 5 * k))
+        free[f"bg_{name}"] = ("Background",)
+        photo_at(root, f"{part}/background/bg_{name}", k, size=(120, 90))
+    text_at(root, "metadata/defects.xml", flag_xml({**defects, "gone.png": ("Crack",), "none.png": ()}))
+    text_at(root, "metadata/background.xml", flag_xml(free))
+    shutil.copy(root / "train/defects/image_0000000_crop_0000001.png",
+                root / "train/defects/image_0000000_crop_0000001_-_1.png")
+    photo_at(root, "train/defects/none.png")
+    photo_at(root, "test/defects/unlisted.png")
+    photo_at(root, "val/defects/small.png", size=(60, 200))
+    text_at(root, "metadata/defects.xml", flag_xml({**defects, "gone.png": ("Crack",), "none.png": (),
+                                                    "small.png": ("Crack",)}))
+    return root
+
+
+def test_the_classification_set_keeps_its_splits(classified, tmp_path, capsys):
+    assert cc.main([str(classified), str(tmp_path / "c"), "--n", "40", "--background", "24", "--seed", "1"]) == 0
+    rows = table(tmp_path / "c")
+    assert collections.Counter(r["class"] for r in rows)["Background"] == 24 and len(rows) == 64
+    for r in rows:
+        part, kind, name = r["photo"].split("/")
+        assert r["split"] == part and r["file"].startswith(f"{part}/{r['class']}/")
+        k, x, y = int(name.split("_crop")[0][-7:]), int(r["x"]), int(r["y"])
+        size = (90 + k, 70 + 5 * k) if kind == "defects" else (120, 90)
+        assert 0 <= x <= size[0] - 64 and 0 <= y <= size[1] - 64
+        with Image.open(tmp_path / "c" / r["file"]) as crop:
+            assert np.array_equal(np.asarray(crop), place_photo(*size, k)[y:y + 64, x:x + 64])
+        flags = {f for f in FLAGS if r[f] == "1"}
+        assert flags == ({"Background"} if kind == "background" else
+                         [{"Crack"}, {"Spallation", "ExposedBars"}][k % 2]) and r["class"] in flags
+    assert {r["split"] for r in rows} == {"train", "val", "test"} and {r["side"] for r in rows} == {"64"}
+    left = {row[1]: row[2] for row in csv_rows(tmp_path / "c/skipped.csv")[1:]}
+    copy = "train/defects/image_0000000_crop_0000001_-_1.png"
+    assert left == {copy: "photo without annotation of its own (a mask, a drawing or a copy?)",
+                    "metadata/defects.xml object 0": "box without any flag set",
+                    "train/defects/none.png": "photo without a usable box",
+                    "test/defects/unlisted.png": "photo without annotation",
+                    "val/defects/small.png": "photo smaller than 64",
+                    "metadata/defects.xml image defects/gone.png": "annotation without a photo"}
+    assert cc.main([str(classified), str(tmp_path / "d"), "--split", "a=0.5,b=0.5"]) == 2
+    assert "come in splits of their own" in capsys.readouterr().err
 
 
 # ---- photos ---------------------------------------------------------------------------------------------------------
