@@ -1235,7 +1235,7 @@ def coco_claims(files, pictures):
 
 def coco_images(source, data):
     dicts = lambda key: [d for d in data[key] if isinstance(d, dict)] if isinstance(data.get(key), list) else []
-    text = lambda v: str(v).encode("utf-8", "replace").decode() if isinstance(v, (str, int)) else ""     # half characters
+    text = lambda v: str(v).encode("utf-8", "replace").decode() if isinstance(v, (str, int)) else ""   # half characters
     names = {str(c.get("id")): text(c.get("name")).strip() for c in dicts("categories")}
     images, marks = collections.defaultdict(list), collections.defaultdict(list)
     for image in dicts("images"):
