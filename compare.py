@@ -289,7 +289,7 @@ class Judge:
         G = okd_train.load_generator(path, self.device, script)
         chunks = [okd_train.chunk_of_inputs(s, k, "test") for k in range(math.ceil(TEST_FAKES / okd_train.CHUNK))]
         images = np.concatenate([okd_train.generate(G, *chunk) for chunk in chunks])[:TEST_FAKES]
-        return images, self.scores.features(images), np.arange(TEST_FAKES) % max(1, len(self.data.classes))
+        return images, self.scores.features(images, path.name), np.arange(TEST_FAKES) % max(1, len(self.data.classes))
 
     def marks(self, images, features, y):
         """{score: float} of fakes."""

@@ -41,6 +41,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -68,6 +69,7 @@ SMALL = 2048                    # below this many images FID is mostly bias
 PIECE = 8                       # images per pass on the CPU: activations stay in the caches, memory stays low
 PIXELS = 1 << 22                # at once as floats, beside the network's own
 BLOCK = 2048                    # rows that are brought to float64 at once
+LOOK = 0.5                      # seconds from one look at the clock to the next, for lines on the way
 CLOSEST = 32                    # pairs on the sheet of --copies
 K = 5                           # neighbours of precision, recall, density, coverage
 _SCORES = {"kid": "KID", "kid_se": "KID standard error", "copies": "copies",
@@ -913,8 +915,13 @@ def rule_for(paths, limits=None, upright=False):
     twins = frozenset(p for p in photos if count[_stem(p)] > 1)
     declared = limits is not None
     blocks = [paths[k:k + 50] for k in range(0, 0 if declared else len(paths), 50)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        extents = [e for found in pool.map(lambda block: list(map(_extent, block)), blocks) for e in found if e]
+    found = []
+    with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+          Progress("range of 16 bits and floats", len(paths), short=False) as progress):
+        for of_block in pool.map(lambda block: list(map(_extent, block)), blocks):
+            found += of_block
+            progress(len(found))
+    extents = list(filter(None, found))
     try:
         return Rule(usual_range(extents) if extents else limits, declared, upright, masks, twins)
     except NoRange as e:
@@ -1194,7 +1201,8 @@ def _channels_last_array(images):
 
 # ---------------------------------------------------------------------------------------------- from images to features
 def features(images, weights=None, dims=2048, batch_size=50, workers=None, device=None, resize="torch",
-             features="inception", precision="fp32", model=None, skip_bad=False, limits=None, upright=False):
+             features="inception", precision="fp32", model=None, skip_bad=False, limits=None, upright=False,
+             label=None):
     """Features (n, d) float32, a numpy array in the order of the images; batch_size and workers do not matter to them.
 
     images: a folder, an .npz file with images (arr_0), a list of paths, or a uint8 array or tensor (n, H, W, 3) or
@@ -1204,7 +1212,7 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
     resize: "torch" (bilinear to 299, no antialias, as pytorch-fid) or "clean" (bicubic with antialias, as clean-fid).
     model: what network() returned, to load it once; then weights, dims, device, features and precision are its own;
     any callable with size, dims and device will do. workers: decoding threads, None for min(8, CPUs).
-    limits, upright: of rule_for(), where files are read.
+    limits, upright: of rule_for(), where files are read. label: of lines of Progress on stderr, None for none.
     Raises FidError (a ValueError) for what the user can mend; bad files are all named, or left out with a warning if
     skip_bad.
     """
@@ -1226,7 +1234,8 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
     if resize != "torch" and model.size != _Inception.size:
         raise FidError("resize clean is a way to the 299 pixels of the Inception network: it does not apply")
     rule = rule_for(images, limits, upright) if isinstance(images, list) else Rule()
-    found = _extract(images, model, batch_size, workers, resize, skip_bad, rule=rule)
+    with Progress(label, len(images), short=False) if label else contextlib.nullcontext() as progress:
+        found = _extract(images, model, batch_size, workers, resize, skip_bad, progress=progress, rule=rule)
     for note in found.notes():
         warnings.warn(note, stacklevel=2)
     return found.features
@@ -1264,7 +1273,7 @@ def _extract(images, model, batch_size=50, workers=None, resize="torch", skip_ba
         batch = next(batches, [])
         part = _Part(batch, itertools.islice(stream, len(batch)))
         if skip_bad or not (found.bad or part.bad):         # after a bad file the rest is only read, to name all such
-            part.run(model, batch_size)
+            part.run(model, batch_size, progress and (lambda k: progress(found.seen + k)))
         part.images = None                                  # pixels do not travel
         parts = [part]
         if world > 1:
@@ -1292,12 +1301,12 @@ class _Part:
         self.odd, self.sizes = [odd for *_, odd in good if odd], {tuple(image.shape[:2]) for _, image, _ in good}
         self.rows = self.error = None
 
-    def run(self, model, batch_size):
+    def run(self, model, batch_size, progress=None):
         """The features (n, d), or in words why there are none: only what travels can be raised on all ranks."""
         import torch
         if self.images:
             try:
-                self.rows = _forward(model, self.images, batch_size)
+                self.rows = _forward(model, self.images, batch_size, progress)
                 finite = np.isfinite(self.rows).all(1)
                 if not finite.all():
                     at = self.files[int(finite.argmin())]
@@ -1370,7 +1379,7 @@ def _decoded(items, read, workers, batch_size):
                 f.cancel()
 
 
-def _forward(model, images, batch_size):
+def _forward(model, images, batch_size, progress=None):
     """Features (len(images), d) float32, numpy, of images (H, W, 3); on the CPU in pieces of at most PIECE."""
     import torch
     step, out = min(batch_size, PIECE) if model.device.type == "cpu" else batch_size, []
@@ -1383,6 +1392,8 @@ def _forward(model, images, batch_size):
                     piece += [torch.zeros_like(piece[0])] * (most - k)
                 x = torch.stack(piece).permute(0, 3, 1, 2)          # (most, 3, H, W), channels last in memory
                 out.append(model(x)[:k].float().cpu().numpy())
+                if progress:
+                    progress(sum(map(len, out)))
     return np.concatenate(out)
 
 
@@ -1794,9 +1805,9 @@ def _measure(side, label, model, args, resize, ranks):
     keep = args.kid or args.prdc or args.floor or args.copies or side.n <= 2 * model.dims
     if isinstance(side.images, list):
         side.rule = rule_for(side.images, args.range, args.upright)
-    progress = None if ranks and ranks.get_rank() else Progress(label, side.n)
-    found = _extract(side.images, model, args.batch_size or 50, args.workers, resize, args.skip_bad, keep, progress,
-                     ranks, args.size, side.rule)
+    with Progress(label, side.n) as progress:
+        found = _extract(side.images, model, args.batch_size or 50, args.workers, resize, args.skip_bad, keep, progress,
+                         ranks, args.size, side.rule)
     for note in found.notes():
         _say(f"{side.path}: {note}")
     if found.n < 2:
@@ -1809,21 +1820,48 @@ def _measure(side, label, model, args, resize, ranks):
 
 
 class Progress:
-    """A line on stderr: images done, images/s, time left; rewritten on a terminal, else every 20 s and at the end."""
+    """A line on stderr: images done, images/s, time left; rewritten on a terminal, else every ten seconds.
 
-    def __init__(self, label, total):
-        self.label, self.total, self.start = label, total, time.monotonic()
-        self.last = self.start
-        self.terminal = sys.stderr.isatty()
+    Called with the number of images done. Inside `with` a thread looks at the clock, too: there is a line however long
+    one image takes. short: a line at the end of what took less than ten seconds, as well. Rank 0 alone speaks.
+    """
+
+    def __init__(self, label, total, short=True):
+        self.label, self.total, self.start, self.done = label, total, time.monotonic(), 0
+        self.last, self.told, self.over, self.lock = self.start, short, threading.Event(), threading.Lock()
+        self.terminal = bool(sys.stderr) and sys.stderr.isatty()
+        self.ended = not sys.stderr or os.environ.get("RANK", "0") != "0"
+
+    def __enter__(self):
+        self.watch = threading.Thread(target=self.look_again, daemon=True)
+        self.watch.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.over.set()
+        self.watch.join()
+
+    def look_again(self):
+        with contextlib.suppress(OSError):      # of stderr: nobody can be told
+            while not self.over.wait(LOOK):
+                self.look()
 
     def __call__(self, done):
-        now = time.monotonic()
-        if done < self.total and now - self.last < (0.5 if self.terminal else 20):
-            return
-        self.last, rate = now, done / max(now - self.start, 1e-9)
-        left = f", {(self.total - done) / max(rate, 1e-9):.0f} s left" if done < self.total else ""
-        print(f"{self.label}: {done}/{self.total} images, {rate:.1f} images/s{left}", file=sys.stderr,
-              end=("\r" if done < self.total else "\033[K\n") if self.terminal else "\n", flush=True)
+        self.done = done
+        self.look()
+
+    def look(self):
+        with self.lock:
+            now, done, end = time.monotonic(), self.done, self.done == self.total
+            silent = not self.told if end else now - self.last < (0.5 if self.terminal else 10)
+            if not (self.ended or silent):
+                rate = done / max(now - self.start, 1e-9)
+                left = f", {(self.total - done) / rate:.0f} s left" if done and not end else ""
+                print(f"{self.label}: {done}/{self.total} images, {rate:.{1 if rate > 0.1 else 3}f} images/s{left}",
+                      file=sys.stderr, flush=True,
+                      end=("\033[K\n" if end else "\r") if self.terminal else "\n")
+                self.told, self.last = True, now
+            self.ended |= end
 
 
 def _compare(real, fake, args):

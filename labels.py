@@ -242,8 +242,8 @@ def read(name, paths, size, model, rule):
         except fid.FidError as e:
             return str(e)
 
-    rows, bad, odds, progress = [], [], [], fid.Progress(name, len(paths))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:   # Pillow decodes outside the interpreter's lock
+    rows, bad, odds = [], [], []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, fid.Progress(name, len(paths)) as progress:
         for k in range(0, len(paths), CHUNK):
             found = list(pool.map(one, paths[k:k + CHUNK]))
             bad += [text for text in found if isinstance(text, str)]

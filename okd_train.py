@@ -869,9 +869,12 @@ def read_folder(folder, size, conditional, skip_bad, say, limits=None, upright=F
             return str(e)
 
     results = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:   # Pillow decodes outside the interpreter's lock
+    with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # Pillow decodes outside the interpreter's lock
+          fid.Progress(f"reading {folder}", len(files), short=False) as progress):
         for k in range(0, len(files), 1000):                        # the pool's queue costs 2 kB an entry
-            results += pool.map(one, range(k, min(k + 1000, len(files))))
+            for result in pool.map(one, range(k, min(k + 1000, len(files)))):
+                results.append(result)
+                progress(len(results))
     labels = np.array([classes.index(c) if conditional else 0 for _, c in files], np.int64)
     bad = [r for r in results if isinstance(r, str)]
     if bad:
@@ -1791,12 +1794,14 @@ class Scores:
         """
         ranks, mine, self.stop = trainer.ranks, {}, stop
         jobs = [(g, chunk) for g in trainer.groups for chunk in range(ranks.part, self.chunks(), ranks.replicas)]
-        for k in range(*ranks.agree(len(jobs))):
-            signalled, = ranks.agree(stop.signal)
-            if signalled:
-                return signalled
-            for g, chunk in jobs[k:k + 1]:
-                mine[g.i, chunk] = self.fakes(g.ema, chunk)
+        with self.fid.Progress(f"scores of step {trainer.step_count}", len(jobs) * CHUNK, short=False) as told:
+            for k in range(*ranks.agree(len(jobs))):
+                signalled, = ranks.agree(stop.signal)
+                if signalled:
+                    return signalled
+                for g, chunk in jobs[k:k + 1]:
+                    mine[g.i, chunk] = self.fakes(g.ema, chunk)
+                    told((k + 1) * CHUNK)
         parts = ranks.collect(mine)
         states = ranks.collect({g.i: on_cpu(g.ema.state_dict()) for g in trainer.groups})
         if parts:
@@ -1851,9 +1856,9 @@ class Scores:
         """Features of one chunk of the n fakes of a generator: chunk in range(chunks())."""
         return self.features(generate(G, *chunk_of_inputs(self.s, chunk, "fid"))[:self.n - chunk * CHUNK])
 
-    def features(self, images):
+    def features(self, images, label=None):
         try:
-            return self.fid.features(images, model=self.model, batch_size=CHUNK)
+            return self.fid.features(images, model=self.model, batch_size=CHUNK, label=label)
         except self.fid.FidError as e:                              # of a user's own network
             raise UserError(f"--fid-every: {e}") from e
 
@@ -1871,10 +1876,12 @@ class Scores:
         if kept.get("n") == self.n:
             return kept["features"], tuple(map(float, kept["floors"]))
         parts = [kept["features"]] if kept else []
-        for images in () if kept else self.images.split(CHUNK):
-            if self.stop and self.stop.signal:
-                raise InterruptedError
-            parts.append(self.features(images))
+        with self.fid.Progress("real images", len(self.images), short=False) as told:
+            for images in () if kept else self.images.split(CHUNK):
+                if self.stop and self.stop.signal:
+                    raise InterruptedError
+                parts.append(self.features(images))
+                told(sum(map(len, parts)))
         features = np.concatenate(parts)
         floor = self.fid.floor(features, self.n, self.distance)
         with replacing(path) as f:

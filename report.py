@@ -825,7 +825,7 @@ def closest(run):
         y = torch.arange(COPIES) % len(classes) if classes else None
         for i, G in generators.items():
             fakes = okd_train.generate(G, z, y)
-            index, distance, share = fid.copies(real, scorer.features(fakes))
+            index, distance, share = fid.copies(real, scorer.features(fakes, f"G{i}"))
             order = np.argsort(distance)[:10]
             nearest = okd_train.to_hwc(data.images[torch.from_numpy(index[order])])
             blocks.append((f"G{i}", fakes[order], nearest))

@@ -381,8 +381,11 @@ def score_now(s, script, saved, ranks, device):
         say(f"Scoring {s.groups} groups, {scores.n} images of each, to find the best: {out} has no scores of its own.")
         for i in ranks.mine:
             G = okd_train.load_generator(files[i], device, str(script.path))
-            for chunk in range(ranks.part, scores.chunks(), ranks.replicas):
-                mine[i, chunk] = scores.fakes(G, chunk)
+            own = range(ranks.part, scores.chunks(), ranks.replicas)
+            with scores.fid.Progress(f"G{i}", len(own) * okd_train.CHUNK, short=False) as told:
+                for k, chunk in enumerate(own, 1):
+                    mine[i, chunk] = scores.fakes(G, chunk)
+                    told(k * okd_train.CHUNK)
     parts, best = ranks.collect(mine), None
     with ranks.together():
         if ranks.rank == 0:

@@ -82,6 +82,7 @@ def test_what_has_no_effect_is_refused(photos, capsys, monkeypatch):
     assert "--obvious: that loop has one critic step" in refused(capsys, "--obvious", "--n-critic", "2")
     assert "--timed: '0' is no whole number from 1" in refused(capsys, "--timed", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert "bench.py is one process: start it with python, not with torchrun" in refused(capsys)
 
 
@@ -419,6 +420,7 @@ def test_check_names_a_pair_of_processes_that_fails(photos, tmp_path, capsys, mo
 def test_check_is_for_one_process_before_a_run(photos, capsys, monkeypatch):
     for more in (["--obvious"], ["--json"]):
         assert f"{more[0]}: without effect with --check" in refused(capsys, *TINY, "--data", photos, "--check", *more)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "not with torchrun" in refused(capsys, *TINY, "--data", photos, "--check")
 

@@ -386,4 +386,5 @@ def test_parts_that_are_missing_or_the_same(place, tmp_path, capsys, monkeypatch
     assert "takes three folders" in refused(capsys, [*argv, f"{train}/../train"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RANK", "0")
     assert "one process" in refused(capsys, [*argv, train])

@@ -9,6 +9,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 import types
 import warnings
 import zipfile
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 
 import fid
+import okd_train
 
 
 # ------------------------------------------------------------------------------------------------------ fixtures
@@ -1729,12 +1731,64 @@ def test_progress_says_rate_and_time_left(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(fid.time, "monotonic", lambda: now[0])
     progress = fid.Progress("real", 300)
-    for now[0], done in ((110.0, 50), (125.0, 100), (130.0, 120), (160.0, 300)):
+    for now[0], done in ((109.0, 50), (125.0, 100), (130.0, 120), (160.0, 300), (175.0, 300)):
         progress(done)
     assert capsys.readouterr().err.splitlines() == [
         "real: 100/300 images, 4.0 images/s, 50 s left",
         "real: 300/300 images, 5.0 images/s",
     ]
+    progress = fid.Progress("fake", 3, short=False)
+    progress(2), progress(3)
+    monkeypatch.setenv("RANK", "1")
+    fid.Progress("real", 3)(3)
+    assert capsys.readouterr().err == ""                            # nothing of what is short, nothing of other ranks
+
+
+class Slow:
+    """A network that takes a minute for any batch, by a clock that only it moves, and waits until that was seen."""
+    size, dims, device, score, distance, digest = 8, 4, torch.device("cpu"), "x", None, "x"
+
+    def __init__(self, monkeypatch, now=0.0):
+        self.now, self.looks = now, 0
+        monkeypatch.setattr(fid.time, "monotonic", self.clock)
+        monkeypatch.setattr(fid, "LOOK", 0.001)
+
+    def clock(self):
+        self.looks += 1
+        return self.now
+
+    def __call__(self, x):
+        for _ in range(6):
+            self.now, before = self.now + 10, self.looks
+            while self.looks < before + 4:
+                time.sleep(0.001)
+        return torch.zeros(len(x), 4)
+
+
+def test_however_long_an_image_takes_there_is_a_line_every_ten_seconds(monkeypatch, tmp_path, capsys):
+    """In the features of a batch, in reading, in the search for a range, and in scores of a training."""
+    slow = Slow(monkeypatch)
+    fid.features(np.zeros((100, 8, 8, 3), np.uint8), model=slow, label="real", batch_size=50)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 12 * (50 // fid.PIECE) and lines[0] == "real: 0/100 images, 0.000 images/s"
+    assert any(line.startswith(f"real: {fid.PIECE}/100 images, 0.1") for line in lines)         # not by batches
+    assert lines[-1].startswith("real: 100/100 images")
+    paths = write(tmp_path / "d", pictures(3))
+    read, extent = fid.read_square, fid._extent
+    monkeypatch.setattr(fid, "read_square", lambda *a: (slow(()), read(*a))[1])
+    monkeypatch.setattr(fid, "_extent", lambda *a: (slow(()), extent(*a))[1])
+    okd_train.read_folder(paths, 8, False, False, print)
+    lines = capsys.readouterr().err.splitlines()
+    for words in ("range of 16 bits and floats", f"reading {paths}"):
+        assert len([line for line in lines if line.startswith(f"{words}: ")]) >= 6, lines
+    s, *_ = okd_train.parse([])
+    s.image_size, s.fid_samples = 8, 60
+    monkeypatch.setattr(fid, "network", lambda *a, **k: slow)
+    data = okd_train.Data(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.long), [], s, "cpu")
+    scores = okd_train.Scores(s, data, torch.device("cpu"))
+    monkeypatch.setattr(fid, "floor", lambda *a: (0.0, 0.0))
+    scores.real(tmp_path)
+    assert len(capsys.readouterr().err.splitlines()) >= 6
 
 
 def test_two_ranks_print_what_one_prints(root, folders, weights, tmp_path, run):
@@ -1763,6 +1817,7 @@ def test_two_ranks_print_what_one_prints(root, folders, weights, tmp_path, run):
     p = go(bad, folders / "G1", "--batch-size", "2", "--dims", "64", "--weights", weights)
     ours = [l for l in p.stderr.splitlines() if l.startswith("fid.py: ")]
     assert p.returncode and p.stdout == "" and len(ours) == 1 and "002.png" in ours[0] and "006.png" in ours[0]
+    assert f"  traceback : {ours[0]}" in p.stderr.splitlines()[-2:]      # torchrun's own report ends with it
 
 
 def test_memory_is_flat_in_n_where_sums_suffice_and_features_are_held_once(root):

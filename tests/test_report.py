@@ -692,6 +692,7 @@ def test_pictures_do_not_train(sagan_run, tmp_path, capsys, monkeypatch):
     assert "is not a run" in refused(capsys, tmp_path, "--page")
     assert "was trained with sagan" in refused(capsys, sagan_run, "--model", "acgan")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert "not with torchrun" in refused(capsys, sagan_run, "--page")
 
 
