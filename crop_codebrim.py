@@ -62,6 +62,7 @@ from PIL import Image, ImageDraw
 BACKGROUND = "Background"
 MAX_TEXT, MAX_JSON = 16 * 2 ** 20, 2 ** 30                      # bytes; CODEBRIM's largest annotation is about 30 kB
 COLUMNS = ["file", "photo", "box", "x", "y", "side"]            # then one column per flag, then class and split
+EFFECTS = ("photo whose annotation cannot be used", "photo without a usable box")      # reasons that follow from others
 CHOICES = {"window": ("native", "box"), "label": ("rarest", "single", "random"), "small": ("around", "skip")}
 
 
@@ -199,7 +200,7 @@ def explained(skipped, target):
         print_left_out(skipped)
         table = Path(f"{os.path.realpath(target)}.skipped.csv")
         write_csv(table, Skip._fields, skipped)
-        (reason, n), = collections.Counter(s.reason for s in skipped).most_common(1)
+        (reason, n), = collections.Counter(s.reason for s in skipped if s.reason not in EFFECTS).most_common(1)
         raise TooFew(f"{e}; most were left out for this: {reason} ({n} of {len(skipped)}, all in {table})")
 
 
@@ -639,13 +640,15 @@ def read_annotations(root, exif=None, boxes=None):
     photos = []
     for name, path in pictures.paths.items():
         try:
+            if name not in owned and name in doubtful:
+                raise Unusable(EFFECTS[0])
             if name not in owned:
                 known = folded(Path(name).stem.split("_-_")[0]) in stems        # NAME_-_1.png: CODEBRIM's copies
                 raise Unusable("photo without annotation" + " of its own (a mask, a drawing or a copy?)" * known)
             photo, skips = read_photo(name, path, owned[name], exif, spelling, name not in doubtful)
             skipped += skips
             if not photo.boxes and any(claim.marks for claim in owned[name]):
-                raise Unusable("photo without a usable box")
+                raise Unusable(EFFECTS[1])
             photos.append(photo)
         except Unusable as e:
             skipped.append(Skip("photo", name, str(e)))
@@ -688,7 +691,7 @@ def nothing_found(root, files, pictures, boxes):
 def read_photo(name, path, claims, exif, spelling, certain):
     """(Photo, skips) from all that its annotations say; raises Unusable."""
     if all(claim.reason for claim in claims):
-        raise Unusable("photo whose annotation cannot be read")
+        raise Unusable(EFFECTS[0])
     with open_photo(path) as photo:
         width, height = photo.size
         turn = orientation(photo)

@@ -3,6 +3,7 @@
 One table for training, scoring, cropping and rendering; sample.py, report.py and bench.py have theirs in their own
 tests.
 """
+import json
 import os
 import re
 import subprocess
@@ -62,6 +63,58 @@ MODELS = {
 }
 
 
+# Folders whose boxes cannot be cropped: {file: text, None for a photo of 80x70}; what is said of each stands in CROP.
+BOX = "<object><name>Crack</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>70</xmax><ymax>70</ymax></bndbox></object>"
+XML = f"<annotation><filename>a.png</filename>{BOX}</annotation>"
+COCO = dict(images=[dict(id=1, file_name="a.png")], categories=[dict(id=1, name="Crack")],
+            annotations=[dict(id=1, image_id=1, bbox=[0, 0, 70, 70], category_id=1)])
+CROWD = {**COCO, "annotations": [dict(COCO["annotations"][0], iscrowd=1)]}
+SIZED = XML.replace("<object>", "<size><width>8</width><height>7</height></size><object>")
+LABEL = "0 0.5 0.5 0.9 0.95\n"
+READY = "<A><Defect name='a.png'><Background>0</Background><Crack>1</Crack></Defect></A>"
+FOLDERS = {
+    "masks": {"images/a.png": None, "masks/a.png": None},
+    "suffixed": {"a.png": None, "a_mask.png": None},
+    "labelme": {"a.png": None, "a.json": '{"shapes": [], "imagePath": "a.png"}'},
+    "classes": {"Crack/a.png": None, "Rust/b.png": None},
+    "alone": {"a.png": None, "readme.txt": "hello"},
+    "two": {"a.png": None, "a.xml": XML, "a.txt": LABEL},
+    "three": {"a.png": None, "a.xml": XML, "a.txt": LABEL, "a.json": json.dumps(COCO)},
+    "tie": {"raw/a.png": None, "thin/a.png": "other", "boxes/a.xml": XML},
+    "renamed": {"a.png": None, "crack_7.png": None, "a.xml": XML.replace("a.png", "crack_7.png")},
+    "away": {"s1/images/a.png": None, "s2/annotations/a.xml": XML},
+    "lost": {"b.png": None, "a.xml": XML},
+    "heic": {"a.heic": "?", "a.xml": XML},
+    "broken_photo": {"a.png": "no photo", "a.xml": XML},
+    "broken_xml": {"a.png": None, "a.xml": XML[:-9]},
+    "doctype": {"a.png": None, "a.xml": "<!DOCTYPE a>" + XML},
+    "wrong_size": {"a.png": None, "a.xml": SIZED},
+    "no_class": {"a.png": None, "a.xml": XML.replace("Crack", " ")},
+    "reversed": {"a.png": None, "a.xml": XML.replace("<xmax>70", "<xmax>0")},
+    "outside": {"a.png": None, "a.xml": XML.replace("<xmin>1<", "<xmin>99<").replace("<xmax>70", "<xmax>170")},
+    "words": {"a.png": None, "a.xml": XML.replace("70", "seventy")},
+    "several": {"a.png": None, "a.xml": XML.replace("</name>", "</name><bndbox/>")},
+    "free": {"a.png": None, "a.xml": XML.replace(BOX, "")},
+    "yolo_pixels": {"a.png": None, "a.txt": LABEL, "b.png": None, "b.txt": "0 40 35 70 60\n"},
+    "yolo_words": {"a.png": None, "a.txt": "crack 0.5 0.5 0.9 0.95\n"},
+    "yolo_number": {"a.png": None, "a.txt": "5" + LABEL[1:], "classes.txt": "Crack\n"},
+    "yolo_lists": {"a.png": None, "a.txt": LABEL, "classes.txt": "Crack\n", "data.yaml": "names: [Rust]"},
+    "yolo_yaml": {"a.png": None, "a.txt": LABEL, "data.yaml": "names: *anchor"},
+    "yolo_empty": {"a.png": None, "a.txt": LABEL, "data.yaml": "names: []"},
+    "yolo_lost": {"b.png": None, "a.txt": LABEL},
+    "coco_cut": {"a.png": None, "a.json": json.dumps(COCO)[:-5]},
+    "coco_crowd": {"a.png": None, "a.json": json.dumps(CROWD)},
+    "coco_rle": {"a.png": None, "a.json": json.dumps({**COCO, "annotations": [dict(image_id=1, segmentation={})]})},
+    "coco_nameless": {"a.png": None, "a.json": json.dumps({**COCO, "categories": []})},
+    "coco_twice": {"a.png": None, "a.json": json.dumps({**COCO, "images": COCO["images"] * 2})},
+    "coco_lost": {"b.png": None, "a.json": json.dumps(COCO)},
+    "coco_text": {"a.png": None, "a.json": json.dumps(COCO).replace("70, 70", '"70", 70')},
+    "ready": {"train/defects/a.png": None, "metadata/defects.xml": READY},
+    "ready_lost": {"train/defects/a.png": None, "metadata/defects.xml": READY.replace("a.png", "b.png")},
+    "ready_flags": {"val/defects/a.png": None, "metadata/defects.xml": READY.replace("1", "2")},
+}
+
+
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
     """One folder in which every case runs: good and bad data for the three scripts, and a finished run."""
@@ -95,6 +148,13 @@ def scene(tmp_path_factory):
         (root / name).mkdir()
         for k in range(n):
             Image.fromarray(r.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(root / name / f"{k:03d}.png")
+    for name, files in FOLDERS.items():
+        for file, text in files.items():
+            (root / name / file).parent.mkdir(parents=True, exist_ok=True)
+            if file.endswith(".png") and text is None:
+                Image.new("RGB", (80, 70)).save(root / name / file)
+            else:
+                (root / name / file).write_text(text)
     np.savez(root / "good.npz", mu=np.zeros(4), sigma=np.eye(4))
     return root
 
@@ -369,6 +429,53 @@ CROP = [
     (["SRC", "OUT", "--demo", "d"], "unrecognized arguments: --demo"),
     (["SRC", "OUT", "--wind", "box"], "unrecognized"),
     (["SRC", "OUT", "--balance=1"], "ignored explicit argument"),
+    (["masks", "OUT"], "only masks (images/a.png), from which no boxes are read: let the labelling program export"),
+    (["suffixed", "OUT"], "only masks (a_mask.png)"),
+    (["labelme", "OUT"], "its 1 .json are not COCO's"),
+    (["classes", "OUT"], "okd_train.py --data takes them as they are"),
+    (["alone", "OUT"], "1 photos are there"),
+    (["two", "OUT"], "voc (1 photos) and yolo (1 photos): name a folder of one kind, or --boxes"),
+    (["three", "OUT"], "voc (1 photos) and yolo (1 photos) and coco (1 photos)"),
+    (["SRC", "OUT", "--boxes", "yolo"], "no YOLO .txt in it"),
+    (["SRC", "OUT", "--boxes", "coco"], "no COCO .json in it"),
+    (["alone", "OUT", "--boxes", "voc"], "no .xml files in it"),
+    (["SRC", "OUT", "--boxes", "labelme"], "invalid choice"),
+    (["SRC", "OUT", "--boxes"], "expected one argument"),
+    (["SRC", "OUT", "--exif", "upright"], "invalid choice"),
+    (["tie", "OUT"], "annotation that fits several photos (1 of"),
+    (["renamed", "OUT"], "annotation that names another photo than the one called like it (1 of 3"),
+    (["away", "OUT"], "annotation without a photo beside it (one of that name lies elsewhere) (1 of 2"),
+    (["lost", "OUT"], "annotation without a photo (1 of 2"),
+    (["heic", "OUT"], "photo of a type that is not read: heic"),
+    (["broken_photo", "OUT"], "0 exist: no box is usable; most were left out for this: photo that cannot be opened"),
+    (["broken_xml", "OUT"], "XML that cannot be parsed (1 of 2"),
+    (["doctype", "OUT"], "XML with DOCTYPE or ENTITY (1 of 2"),
+    (["wrong_size", "OUT"], "photo whose size contradicts its annotation"),
+    (["no_class", "OUT"], "box without a class"),
+    (["reversed", "OUT"], "box that ends before it begins"),
+    (["outside", "OUT"], "box outside its photo"),
+    (["words", "OUT"], "box whose coordinates cannot be read"),
+    (["several", "OUT"], "object with several <bndbox>"),
+    (["free", "OUT"], "0 exist: no box is usable"),
+    (["free", "OUT", "--n", "0", "--background", "999"], "119 distinct ones exist"),
+    (["yolo_pixels", "OUT"], "line whose numbers are no fractions of the photo"),
+    (["yolo_words", "OUT"], "text that holds no YOLO labels"),
+    (["yolo_number", "OUT"], "box whose class number has no name"),
+    (["yolo_lists", "OUT"], "classes.txt and data.yaml give other names to the classes"),
+    (["yolo_yaml", "OUT"], "data.yaml: its names cannot be read; write them as names: [first, second]"),
+    (["yolo_empty", "OUT"], "data.yaml: its names cannot be read"),
+    (["yolo_lost", "OUT"], "annotation without a photo"),
+    (["coco_cut", "OUT"], "JSON that cannot be parsed"),
+    (["coco_crowd", "OUT"], "crowd of objects (iscrowd)"),
+    (["coco_rle", "OUT"], "mask in run lengths (RLE)"),
+    (["coco_nameless", "OUT"], "box without a class"),
+    (["coco_twice", "OUT"], "image whose id is given twice"),
+    (["coco_lost", "OUT"], "annotation without a photo"),
+    (["coco_text", "OUT"], "box whose coordinates cannot be read"),
+    (["ready", "OUT", "--split", "train=0.5,test=0.5"], "come in splits of their own, which are kept"),
+    (["ready", "OUT", "--n", "999"], "in split train wanted, 119 distinct ones exist"),
+    (["ready_lost", "OUT"], "0 exist"),
+    (["ready_flags", "OUT"], "box with a flag that is neither 0 nor 1"),
 ]
 SYNTHETIC = [
     ([], "required: DIR"),

@@ -1,6 +1,7 @@
 """crop_codebrim.py: reading of annotations good and bad, windows to the pixel, labels, splits, whole output, cost."""
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import hashlib
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -298,7 +300,7 @@ def test_bad_xml_is_skipped(tmp_path, data, reason):
     assert [p.name for p in photos] == ["images/good.png"]
     assert [s.where for s in skipped] == ["annotations/a.xml", "images/a.png"]
     assert reason is None or skipped[0].reason == reason
-    assert skipped[1].reason == "photo whose annotation cannot be read"
+    assert skipped[1].reason == "photo whose annotation cannot be used"
 
 
 def test_doctype_never_reaches_the_parser(tmp_path, monkeypatch):
@@ -794,6 +796,131 @@ def test_the_classification_set_keeps_its_splits(classified, tmp_path, capsys):
                     "metadata/defects.xml image defects/gone.png": "annotation without a photo"}
     assert cc.main([str(classified), str(tmp_path / "d"), "--split", "a=0.5,b=0.5"]) == 2
     assert "come in splits of their own" in capsys.readouterr().err
+
+
+# ---- any tree -------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {                                                           # folders of photos and of annotations
+    "voc": [("images", "annotations"), ("JPEGImages", "Annotations"), ("images", "annotations/xmls"), (".", "."),
+            ("{part}/images", "{part}/annotations"), ("images/{part}", "labels/{part}"), ("{part}", "{part}"),
+            ("{part}/raw", "{part}/marks")],
+    "yolo": [("images", "labels"), (".", "."), ("{part}/images", "{part}/labels"), ("images/{part}", "labels/{part}")],
+    "coco": [("images", "annotations"), (".", "."), ("{part}", "annotations"), ("{part}", "{part}"),
+             ("{part}/images", "{part}")]}
+CLASSES = ["Crack", "Rust", "Exposed bars"]
+
+
+def random_tree(root, seed):
+    """Photos with boxes in one format and layout, with much that is wrong or beside the point.
+    Returns (format, exif, {photo: (turn, file of its annotation)})."""
+    rng, known = random.Random(seed), {}
+    kind = ["voc", "yolo", "coco"][seed % 3]
+    photos_in, marks_in = rng.choice(LAYOUTS[kind])
+    exif = rng.choice(["stored", "turned"])
+    for part in ["train2017", "val2017"] if "{part}" in photos_in else ["."]:
+        images, annotations = [], []
+        for k in range(rng.randint(2, 5)):
+            turn, (w, h) = rng.choice([1, 1, *range(1, 9)]), rng.choices(range(20, 90), k=2)
+            name = Path(photos_in.format(part=part), f"p{k}{rng.choice(['.png', '.jpg', '.PNG'])}").as_posix()
+            saved = Image.Exif()
+            saved[0x0112] = turn
+            photo_at(root, name, k, (w, h), exif=saved)
+            known[name] = None
+            if k and rng.random() < 0.2:
+                continue                                               # nobody has looked at this one
+            shown = (h, w) if turn >= 5 and exif == "turned" else (w, h)
+            boxes = [random_box(rng, *shown) for _ in range(rng.choice([0, 1, 2, 2, 4]))]
+            file = Path(marks_in.format(part=part), f"p{k}.{'txt' if kind == 'yolo' else 'xml'}").as_posix()
+            if kind == "voc":
+                text_at(root, file, xml_of([(x + 1, y + 1, x1, y1, c) for x, y, x1, y1, c in boxes],
+                                           shown, rng.choice([Path(name).name, f"C:\\x\\p{k}.bmp", "camera.jpg"])))
+            elif kind == "yolo":
+                text_at(root, file, "".join(yolo_line(CLASSES.index(c), *box, shown) for *box, c in boxes))
+            else:
+                file = Path(marks_in.format(part=part), f"instances_{part}.json").as_posix()
+                images.append((Path(name).name, *shown))
+                annotations += [dict(rng.choice([dict(bbox=[x, y, x1 - x, y1 - y]),
+                                                 dict(segmentation=[[x, y, x1, y, x1, y1]])]),
+                                     image_id=len(images) - 1, category_id=CLASSES.index(c) + 1)
+                                for x, y, x1, y1, c in boxes]
+            known[name] = turn if exif == "turned" else 1, file
+        if images:
+            text_at(root, file, json.dumps(coco_of(images, annotations, CLASSES)))
+        if rng.random() < 0.5 and photos_in != ".":                    # masks of the same names
+            photo_at(root, Path(photos_in.format(part=part)).with_name("masks") / "p0.png", size=(30, 30))
+            known[Path(photos_in.format(part=part)).with_name("masks").as_posix() + "/p0.png"] = None
+    text_at(root, "classes.txt", "\n".join(CLASSES))
+    text_at(root, "README.txt", "five photos")
+    text_at(root, "new.heic", "?")
+    return kind, exif, {**known, "new.heic": None}
+
+
+def random_box(rng, w, h):
+    x, y = rng.randint(0, w - 3), rng.randint(0, h - 3)
+    return x, y, rng.randint(x + 2, w), rng.randint(y + 2, h), rng.choice(CLASSES)
+
+
+def own_reading(root, photo, turn, file):
+    """[(x0, y0, x1, y1, class)] of a photo in stored pixels, found without any line of the script."""
+    with Image.open(root / photo) as image:
+        w, h = image.size
+    places = upright(np.arange(w * h).reshape(h, w), turn)             # where each pixel that is shown is stored
+    height, width = places.shape
+    boxes, text = [], (root / file).read_text()
+    if file.endswith(".xml"):
+        for o in ElementTree.fromstring(text).findall("object"):
+            x0, y0, x1, y1 = (int(o.find(f"bndbox/{tag}").text) for tag in ("xmin", "ymin", "xmax", "ymax"))
+            boxes.append((x0 - 1, y0 - 1, x1, y1, o.find("name").text))
+    elif file.endswith(".txt"):
+        for line in text.splitlines():
+            k, x, y, bw, bh = map(float, line.split())
+            corners = (x - bw / 2) * width, (y - bh / 2) * height, (x + bw / 2) * width, (y + bh / 2) * height
+            boxes.append((*map(round, corners), CLASSES[int(k)]))
+    else:
+        data = json.loads(text)
+        k, = (i["id"] for i in data["images"] if i["file_name"] == Path(photo).name)
+        for a in (a for a in data["annotations"] if a["image_id"] == k):
+            x, y, bw, bh = a.get("bbox", (0, 0, 0, 0))
+            xs, ys = (x, x + bw), (y, y + bh)
+            if "segmentation" in a:
+                xs, ys = a["segmentation"][0][::2], a["segmentation"][0][1::2]
+            boxes.append((min(xs), min(ys), max(xs), max(ys), CLASSES[a["category_id"] - 1]))
+    for x0, y0, x1, y1, label in boxes:
+        at = places[y0:y1, x0:x1]
+        yield (at % w).min(), (at // w).min(), (at % w).max() + 1, (at // w).max() + 1, label
+
+
+@pytest.mark.parametrize("start", range(0, 60, 12))
+def test_any_tree(tmp_path, start):
+    """Each crop lies in a box of its class, or round one that is smaller; background touches none; photos used and
+    photos left out are the photos found."""
+    n_crops = collections.Counter()
+    for seed in range(start, start + 12):
+        root = tmp_path / str(seed)
+        kind, exif, known = random_tree(root, seed)
+        truth = {p: list(own_reading(root, p, *how)) for p, how in known.items() if how}
+        photos, skipped = read_annotations(root, exif)
+        assert {p.name for p in photos} == set(truth), (seed, skipped)
+        assert sorted([*truth, *(s.where for s in skipped if s.what == "photo")]) == sorted(known)
+        choices = dict(size=16, seed=seed, window=["native", "box"][seed % 2], label="random")
+        n = 3 * sum(len(p.boxes) for p in photos)
+        for part in (dict(n=n), dict(n=0, background=20)):
+            with contextlib.suppress(cc.TooFew):
+                for r, image in crops(photos, **part, **choices):
+                    x, y, side = r["x"], r["y"], r["side"]
+                    near = [(x0, y0, x1, y1) for x0, y0, x1, y1, c in truth[r["photo"]]
+                            if r["class"] in (c, "Background")]
+                    if r["class"] == "Background":
+                        assert all(x + side <= x0 or x >= x1 or y + side <= y0 or y >= y1 for x0, y0, x1, y1 in near)
+                    else:
+                        within = lambda a, b, start: (a <= start and start + side <= b if b - a >= side else
+                                                      start <= a and b <= start + side)
+                        assert any(within(x0, x1, x) and within(y0, y1, y) for x0, y0, x1, y1 in near), (seed, r)
+                    with Image.open(root / r["photo"]) as photo:
+                        cut = photo.convert("RGB").crop((x, y, x + side, y + side))
+                    assert side != 16 or np.array_equal(image, np.asarray(cut))
+                    n_crops[kind, r["class"] == "Background"] += 1
+    assert len(n_crops) == 6 and min(n_crops.values()) >= 10, n_crops
 
 
 # ---- photos ---------------------------------------------------------------------------------------------------------
