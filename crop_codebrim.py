@@ -1,23 +1,31 @@
-"""Cut labelled training crops from photos with boxes: CODEBRIM, or your own photos labelled in Pascal VOC (labelImg).
+"""Cut labelled training crops from photos with boxes: CODEBRIM, or your own photos labelled as VOC, YOLO or COCO.
 
     python crop_codebrim.py original_dataset/ crops/                    # 2642 crops of 64x64, a folder per class
     python crop_codebrim.py original_dataset/ crops/ --window box --label single --balance --sheet sheet.png
     python crop_codebrim.py original_dataset/ crops/ --split train=0.8,val=0.1,test=0.1       # by photo
     python synthetic.py original_dataset/                               # no data yet: render a small data set
 
-The folder holds photos and, anywhere in it, XML files of the same stem (original_dataset/images/image_0000001.jpg,
-original_dataset/annotations/image_0000001.xml). The class is read from the <Defect> flags where an <object> has them,
-else from its <name>. Written are crops/<class>/<photo>_<box>_<x>_<y>.png, crops.csv with the place and all labels of
-every crop, and skipped.csv with all that could not be used. The folder appears whole or not at all, the photos are
-never written to, and the same seed gives the same bytes. okd_train.py trains on the folder as it is.
+The folder holds photos and, anywhere in it, what a labelling program exports, in one of these forms (--boxes):
 
-Boxes are 1-based, inclusive, in stored pixels: EXIF orientation is ignored, as CODEBRIM's annotators did, in crops too
-unless --upright turns them after the cut. If you labelled photos that your viewer turns by EXIF, turn the files first.
-Files are read as fid.py and okd_train.py read them: of several frames the first, of transparent pixels the colour
-stored beneath, of colours of 16 bits the upper 8, as Pillow gives no more. Left out, counted and named, never guessed:
-boxes that end before they begin, lie outside the photo, have no class or flag; photos that are truncated, empty,
-smaller than a crop, too large for Pillow's limit, of a type that is not read or of another size than their XML says;
-XML with a DOCTYPE. A run killed with SIGKILL leaves a hidden folder .crops.*.partial beside the target; delete it.
+    voc    NAME.xml for NAME.jpg; the classes are CODEBRIM's <Defect> flags where there are some, else <name>
+    yolo   NAME.txt for NAME.jpg, boxes or polygons; names from data.yaml or classes.txt, else the numbers are the names
+    coco   one .json for many photos, boxes or polygons
+    CODEBRIM's classification set: its ready-made crops are cropped further, its own splits are kept
+
+An annotation is of the nearest photo of its name: in its own folder, beside it (images/ and labels/, site1/JPEGImages/
+and site1/Annotations/), else where the name is the only one. Several annotations of a photo are joined. Written are
+crops/<class>/<photo>_<box>_<x>_<y>.png, crops.csv with the place and all labels of every crop, and skipped.csv with all
+that could not be used. The folder appears whole or not at all; where too few windows exist, crops.skipped.csv appears
+beside it. The photos are never written to, and the same seed gives the same bytes. okd_train.py trains on the folder.
+
+Crops show stored pixels, as CODEBRIM's annotators saw them, unless --upright turns them after the cut. Boxes that were
+drawn on the picture as its EXIF turns it are turned back where the size in the annotation tells; --exif says it where
+nothing does. Files are read as fid.py and okd_train.py read them: of several frames the first, of transparent pixels
+the colour stored beneath, of colours of 16 bits the upper 8, as Pillow gives no more. Left out, counted and named,
+never guessed: boxes that end before they begin, lie outside the photo, have no class or flag; photos that are
+truncated, empty, smaller than a crop, too large for Pillow's limit, of a type that is not read or of another size than
+their annotation says; annotations that fit several photos; XML with a DOCTYPE; crowds and run-length masks. A run
+killed with SIGKILL leaves a hidden folder .crops.*.partial beside the target; delete it.
 
 With --split, train on one part and score against another that shares no photo with it:
 
@@ -36,6 +44,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -784,7 +793,7 @@ def orientation(photo):
 def settle_classes(claims):
     """{class as written: as used}: spellings that differ in case alone are one, the commonest. None where some objects
     have <Defect> flags and others a name that is none of them: a placeholder such as "defect"."""
-    count, flags, best = collections.Counter(), set(), {}
+    count, flags, best = collections.Counter(), set(), {folded(BACKGROUND): BACKGROUND}
     for mark in (mark for claim in claims for mark in claim.marks):
         count.update(mark.named or mark.flags)
         flags.update(map(folded, mark.named))
@@ -815,12 +824,14 @@ def walk(root):
                 found.append((path.relative_to(root).as_posix(), path))
     return sorted(found), skips
 
+
 # ---- which photo an annotation is of ---------------------------------------------------------------------------------
 
-PICTURE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages", "jpeg", "jpegs", "jpg", "jpgs", "png", "pngs",
-                   "photos", "photo", "pictures", "pics", "rgb"}
-LABEL_FOLDERS = {"annotations", "annotation", "annots", "anns", "labels", "label", "xml", "xmls", "txt", "json", "voc",
-                 "yolo", "coco", "bbox", "bboxes", "boxes", "metadata"}
+# Names of folders that say what lies in them, not where: the rest of a path is compared.
+PICTURE_FOLDER = re.compile(r"((images?|imgs?|jpe?gs?|pngs?|photos?|fotos?|pictures?|pics?|rgb|originals?|files?)"
+                            r"[ _-]*)+")
+LABEL_FOLDER = re.compile(r"((labels?|annot(ation)?s?|annos?|anns?|xmls?|txts?|jsons?|voc|yolo|coco|bbox(es)?|boxes|"
+                          r"metadata|files?)[ _-]*)+")
 MASK_FOLDER = re.compile(r"mask|segment|visuali|trimap|overlay|preview|ground.?truth|(^|[^a-z])(gt|vis|seg)($|[^a-z])")
 
 
@@ -857,11 +868,12 @@ class Pictures:
         """The name of the claim's photo: the nearest of those called as its file, else of those that it names."""
         folder, file = os.path.split(claim.source)
         stem = os.path.splitext(file)[0]
-        *above, said = re.split(r"[/\\]", claim.filename or "")
-        mine, other = [] if claim.many else self.look(stem), self.look(said.strip()) if said.strip() else []
-        tail = folded("/".join(["", *above, said]))
-        if claim.many and above and sum(("/" + folded(name)).endswith(tail) for name in other) == 1:
-            return next(name for name in other if ("/" + folded(name)).endswith(tail))
+        path = (claim.filename or "").replace("\\", "/").strip().lstrip("./")
+        said = path.rpartition("/")[2]
+        mine, other = [] if claim.many else self.look(stem), self.look(said)
+        exact = [name for name in other if f"/{folded(name)}".endswith(f"/{folded(path)}")]
+        if claim.many and "/" in path and len(exact) == 1:             # an export that gives folders means them
+            return exact[0]
         own, named = self.near(folder, mine), self.near(folder, other)
         alien = folded(Path(said).stem) not in (folded(stem), folded(Path(stem).stem))     # more than another suffix
         if own and named and alien and Path(said).suffix.lower() in IMAGE_TYPES and not set(own) & set(named):
@@ -871,7 +883,8 @@ class Pictures:
             if len({os.path.dirname(name) for name in found}) == 1 < len(found):
                 found = [name for name in found if better(name)] or found
         if len(found) > 1 and claim.many:                              # instances_train.json: train/, not val/
-            found = [n for n in found if any(part in folded(stem) for part in place_of(n.split("/")[:-1]))] or found
+            parts = {name: place_of(tuple(name.split("/")[:-1])) for name in found}
+            found = [name for name in found if any(part in folded(stem) for part in parts[name])] or found
         if len(found) > 1 and self.alike(found):
             found = found[:1]
         if len(found) == 1 and found[0] in self.paths:
@@ -899,29 +912,31 @@ class Pictures:
 
     def distance(self, here, there):
         """From a folder of annotations to one of pictures (tuples of parts): 0 the same, 1 beside it (site1/labels and
-        site1/images), 2 in the same place of another tree (labels/train and images/train), 3 beside it under a name
-        that says nothing, 4 above or below, 9 more for a folder of labels; infinite for masks and other places."""
+        site1/images), 2 in the same place of another tree (labels/train and images/train), 3 beside it under another
+        name, 4 where one is named in less detail (labels and images/train), 9 more for pictures in a folder of labels;
+        infinite for masks and for other places (s1/labels and s2/images)."""
         if here == there:
             return 0
         if there and MASK_FOLDER.search(folded(there[-1])):
             return math.inf
         a, b = place_of(here), place_of(there)
         beside = bool(here and there) and here[:-1] == there[:-1]
-        worse = 9 * bool(there and folded(there[-1]) in LABEL_FOLDERS)
+        worse = 9 * bool(there and LABEL_FOLDER.fullmatch(folded(there[-1])))
         if a == b:
             return worse + (1 if beside else 2)
         if beside and here not in self.folders:
             return worse + 3
-        return worse + 4 if a == b[:len(a)] or b == a[:len(b)] else math.inf
+        return worse + 4 if set(a) <= set(b) or set(b) <= set(a) else math.inf
 
     def alike(self, names):
         """Whether these are byte-identical copies of one photo."""
         return len({hashlib.sha256(self.paths[n].read_bytes()).digest() if n in self.paths else n for n in names}) == 1
 
 
+@functools.lru_cache
 def place_of(folder):
     """The parts of a folder that say where, without those that say what: ("site1",) for site1/JPEGImages."""
-    return tuple(part for part in map(folded, folder) if part not in PICTURE_FOLDERS | LABEL_FOLDERS)
+    return tuple(p for p in map(folded, folder) if not PICTURE_FOLDER.fullmatch(p) and not LABEL_FOLDER.fullmatch(p))
 
 
 def folded(name):
@@ -1105,11 +1120,11 @@ def codebrim_claims(files, pictures):
         used.add(entry)
         source, element = entries[entry]
         try:
-            mark = Mark(0, (0, 0, 1, 1), *flags_of(element))
+            mark = Mark(picture, (0, 0, 1, 1), *flags_of(element))
         except Unusable as e:
-            mark = Mark(0, (0, 0, 1, 1), reason=str(e))
+            mark = Mark(picture, (0, 0, 1, 1), reason=str(e))
         marks = () if mark.flags == (BACKGROUND,) else (mark,)
-        yield Claim(source, picture, None, marks, many=True, fractions=True, split=split)
+        yield Claim(source, picture, None, marks, "crop", many=True, fractions=True, split=split)
     for entry in sorted(entries.keys() - used):
         yield Claim(entries[entry][0], entry, reason="annotation without a photo", many=True)
 
@@ -1290,6 +1305,12 @@ def open_photo(path):
     except Exception as e:                                             # Pillow's parsers raise nearly everything
         if path.is_file() and not path.stat().st_size:
             raise Unusable("empty photo")
+        head = b""
+        with contextlib.suppress(OSError), open(path, "rb") as f:
+            head = f.read(12)
+        kind = re.match(rb"....(?:ftyp(heic|heix|mif1|avif)|(jP)  )", head, re.DOTALL)
+        if kind:                                                       # telephones call HEIC .jpg when they send it
+            raise Unusable(f"photo of a type that is not read: {(kind[1] or b'jp2').decode()}, whatever its name says")
         raise Unusable("photo that cannot be opened" + ("" if isinstance(e, OSError) else f": {type(e).__name__}"))
     if Image.MAX_IMAGE_PIXELS and photo.width * photo.height > Image.MAX_IMAGE_PIXELS:
         photo.close()
@@ -1547,7 +1568,7 @@ def arguments(argv):
     p = Parser(prog="crop_codebrim.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
     add = p.add_argument
-    add("source", nargs="?", help="folder with photos and their VOC XML files, searched recursively; never written to")
+    add("source", nargs="?", help="folder with photos and their boxes, searched recursively; never written to")
     add("target", nargs="?", help="new folder for the crops")
     add("--n", type=at_least(0), default=2642,
         help="crops of boxes in all, over all splits (default 2642, as in the paper)")

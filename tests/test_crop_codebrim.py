@@ -434,6 +434,8 @@ AWAY = "annotation without a photo beside it (one of that name lies elsewhere)"
      {"s1/annotations/1.xml": "s1/images/1.jpg", "s2/annotations/1.xml": AWAY}),
     (["train/1.jpg", "val/2.jpg"], {"train/1.xml": "1.jpg", "val/1.xml": "1.jpg"},
      {"train/1.xml": "train/1.jpg", "val/1.xml": AWAY}),
+    (["train/crack/a.jpg"], {"xml_files/crack/a.xml": "a.jpg"}, {"xml_files/crack/a.xml": "train/crack/a.jpg"}),
+    (["Original images/a.jpg", "thin/a.jpg"], {"labels-voc/a.xml": "a"}, {"labels-voc/a.xml": "Original images/a.jpg"}),
     (["masks/a.png"], {"Annotations/a.xml": "a.jpg"}, {"Annotations/a.xml": AWAY}),
     (["images/a.jpg", "images/a.heic"], {"annotations/b.xml": "a.heic"},
      {"annotations/b.xml": "annotation of a photo of a type that is not read: heic"}),
@@ -561,6 +563,20 @@ def test_placeholders_found_no_class(tmp_path):
 def test_spellings_of_one_class(tmp_path):
     add(tmp_path, "a", [(1, 1, 90, 90, "crack"), (101, 1, 190, 90, "Crack"), (201, 1, 300, 90, "Crack")])
     assert {r["class"] for r, _ in cut_all(tmp_path, n=30)} == {"Crack"}
+
+
+def test_boxes_called_background_are_none(tmp_path):
+    add(tmp_path, "a", [(1, 1, 90, 90, "Crack"), (101, 1, 300, 200, "background")])
+    photos, skipped = read_annotations(tmp_path)
+    assert reasons(skipped) == {"box of Background (see --background)": 1} and len(photos[0].taken) == 1
+
+
+@pytest.mark.parametrize("head, kind", [(b"\0\0\0\x18ftypheic", "heic"), (b"\0\0\0\x20ftypavif", "avif"),
+                                        (b"\0\0\0\x0cjP  \r\n", "jp2")])
+def test_photos_that_are_called_jpg_and_are_none(tmp_path, head, kind):
+    add(tmp_path, "a", [(1, 1, 90, 90, "Crack")], suffix=".jpg").write_bytes(head + bytes(900))
+    reason = f"photo of a type that is not read: {kind}, whatever its name says"
+    assert reasons(read_annotations(tmp_path)[1]) == {reason: 1}
 
 
 def test_photos_without_any_object_give_background(tmp_path):
@@ -789,7 +805,7 @@ def test_the_classification_set_keeps_its_splits(classified, tmp_path, capsys):
     left = {row[1]: row[2] for row in csv_rows(tmp_path / "c/skipped.csv")[1:]}
     copy = "train/defects/image_0000000_crop_0000001_-_1.png"
     assert left == {copy: "photo without annotation of its own (a mask, a drawing or a copy?)",
-                    "metadata/defects.xml object 0": "box without any flag set",
+                    "metadata/defects.xml crop train/defects/none.png": "box without any flag set",
                     "train/defects/none.png": "photo without a usable box",
                     "test/defects/unlisted.png": "photo without annotation",
                     "val/defects/small.png": "photo smaller than 64",
