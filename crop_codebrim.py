@@ -898,10 +898,11 @@ class Pictures:
         raise Unusable("annotation without a photo")
 
     def look(self, name):
-        """All pictures of that file name, else of that stem."""
+        """All pictures of that file name, else of that stem; those that can be read, if there are any."""
         stem, kind = os.path.splitext(name)
         stem = stem if kind.lower() in IMAGE_TYPES + UNREAD_TYPES else name
-        return self.names.get(folded(name)) or self.stems.get(folded(stem)) or []
+        found = self.names.get(folded(name)) or self.stems.get(folded(stem)) or []
+        return [name for name in found if name in self.paths] or found
 
     def near(self, folder, names):
         """Those of `names` that lie nearest to the annotations' folder; [] where all contradict it."""

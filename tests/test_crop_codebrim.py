@@ -15,6 +15,7 @@ import sys
 import time
 import unicodedata
 import xml.etree.ElementTree as ElementTree
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,12 @@ def run(*args, code=0, script=cc.__file__, **kw):
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     return done
+
+
+def call(capsys, *args, code=0):
+    """As run(), in this process: (stdout, stderr)."""
+    assert cc.main([str(a) for a in args]) == code
+    return capsys.readouterr()
 
 
 def tree(folder):
@@ -439,6 +446,9 @@ AWAY = "annotation without a photo beside it (one of that name lies elsewhere)"
     (["masks/a.png"], {"Annotations/a.xml": "a.jpg"}, {"Annotations/a.xml": AWAY}),
     (["images/a.jpg", "images/a.heic"], {"annotations/b.xml": "a.heic"},
      {"annotations/b.xml": "annotation of a photo of a type that is not read: heic"}),
+    (["images/a.jpg", "images/a.heic"], {"annotations/a.xml": "a.heic"}, {"annotations/a.xml": "images/a.jpg"}),
+    (["train/images/x/a.jpg"], {"train/annotations/a.xml": "a"}, {"train/annotations/a.xml": "train/images/x/a.jpg"}),
+    (["1/a.jpg", "2/b.jpg"], {"lable/a.xml": "a.jpg"}, {"lable/a.xml": "1/a.jpg"}),
     (["images/a.jp2"], {"annotations/a.xml": "a.jp2"},
      {"annotations/a.xml": "annotation of a photo of a type that is not read: jp2"}),
     (["images/a.gif", "images/b.ppm"], {"annotations/a.xml": "a.gif", "annotations/b.xml": "b.ppm"},
@@ -610,6 +620,8 @@ def yolo_line(number, x0, y0, x1, y1, size=(100, 80)):
     ("data.yaml", "names: [\n  \"Crack\",  # first\n  'Exposed bars',\n  Rust,\n]\nnc: 3\n"),
     ("data.yaml", "names: {0: Crack, 1: 'Exposed bars', 2: Rust}\n"),
     ("data.yaml", "path: x\nnames:\n  0: Crack\n  1: Exposed bars # iron\n  2: 'Rust'\n\nnc: 3\n"),
+    ("data.yaml", "names:\n  2: Rust\n  0: Crack\n  7: Wear\n  1: Exposed bars\n"),
+    ("data.yaml", "names: {2: Rust, 0: Crack, 1: Exposed bars}\n"),
     ("data.yaml", "names:\n- Crack\n- Exposed bars\n- \"Rust\"\nroboflow:\n  license: MIT\n"),
     ("dataset.yml", "\ufeffnames:\r\n  - Crack\r\n  - Exposed bars\r\n  - Rust\r\n"),
     ("labels/classes.txt", "Crack\nExposed bars\nRust\n\n"),
@@ -661,6 +673,11 @@ def test_the_nearest_class_list_holds(tmp_path):
         text_at(tmp_path, f"{site}/labels/train/1.txt", "0 0.5 0.5 0.9 0.9\n")
         text_at(tmp_path, f"{site}/data.yaml", f"names: [{name}]")
     assert [p.names for p in read_annotations(tmp_path)[0]] == [("Crack",), ("Rust",)]
+    photo_at(tmp_path, "s3/images/1.png")
+    text_at(tmp_path, "s3/labels/1.txt", "0 0.5 0.5 0.001 0.001\n")     # a box of less than a pixel is one
+    text_at(tmp_path, "data.yaml", "names: [Wear]")                    # above s3, and not in another site
+    photo = read_annotations(tmp_path)[0][2]
+    assert photo.boxes == (cc.Box(0, 50, 40, 51, 41, ("Wear",)),)
     text_at(tmp_path, "s1/classes.txt", "Wear\n")
     with pytest.raises(CropError, match="s1/classes.txt and s1/data.yaml give other names to the classes"):
         read_annotations(tmp_path)
@@ -726,6 +743,17 @@ def test_coco_finds_photos_of_equal_names(tmp_path):
                 json.dumps(coco_of([("1.png", 100, 80)], [dict(image_id=0, bbox=[k, 1, 70, 70])])))
     assert [(p.name, p.boxes[0].x0) for p in read_annotations(tmp_path)[0]] == [("train2017/1.png", 0),
                                                                               ("val2017/1.png", 1)]
+
+
+def test_coco_that_names_folders_means_them(tmp_path):
+    for k in range(2):
+        photo_at(tmp_path, f"s{k}/1.png", k)
+    images = [(name, 100, 80) for name in ("s0/1.png", "s1\\1.png", "s2/1.png")]
+    text_at(tmp_path, "export of May/all.json", json.dumps(coco_of(images, [dict(image_id=k, bbox=[k, 1, 70, 70])
+                                                                              for k in range(3)])))
+    photos, skipped = read_annotations(tmp_path)
+    assert [(p.name, p.boxes[0].x0) for p in photos] == [("s0/1.png", 0), ("s1/1.png", 1)]
+    assert [s.reason for s in skipped] == [TIE] and "image s2/1.png (s0/1.png, s1/1.png)" in skipped[0].where
 
 
 def test_several_formats_are_told_apart_or_refused(tmp_path):
@@ -996,8 +1024,11 @@ def test_same_crops_as_if_broken_photos_had_other_workers(tmp_path):
 
 def test_decompression_bomb(tmp_path, monkeypatch):
     add(tmp_path, "good", [(1, 1, 90, 90, "Crack")])
-    add(tmp_path, "bomb", [(1, 1, 90, 90, "Crack")], size=(10000, 10000), image=Image.new("1", (10000, 10000)))
-    add(tmp_path, "worse", [(1, 1, 90, 90, "Crack")], size=(20000, 20000), image=Image.new("1", (20000, 20000)))
+    for name, side in (("bomb", 10000), ("worse", 20000)):             # a PNG's head says how much it would unpack to
+        path = add(tmp_path, name, [(1, 1, 90, 90, "Crack")], size=(side, side), image=Image.new("1", (1, 1)))
+        head = b"IHDR" + side.to_bytes(4, "big") * 2 + b"\1\0\0\0\0"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\r" + head + zlib.crc32(head).to_bytes(4, "big")
+                         + path.read_bytes()[33:])
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     photos, skipped = read_annotations(tmp_path)
     assert [p.name for p in photos] == ["images/good.png"]
@@ -1354,8 +1385,8 @@ def test_sheet_has_a_row_per_class(bridge, tmp_path):
             assert strip[:, 130 + i * 66:194 + i * 66].tobytes() in images
 
 
-def test_split_layout(bridge, tmp_path):
-    run(bridge, tmp_path / "c", "--n", 60, "--split", "train=0.5,val=0.25,test=0.25")
+def test_split_layout(bridge, tmp_path, capsys):
+    call(capsys, bridge, tmp_path / "c", "--n", 60, "--split", "train=0.5,val=0.25,test=0.25")
     assert sorted(p.name for p in (tmp_path / "c").iterdir() if p.is_dir()) == ["test", "train", "val"]
     assert len(list((tmp_path / "c/train").glob("*/*.png"))) == 30
     rows = table(tmp_path / "c")
@@ -1468,10 +1499,10 @@ def test_the_last_step_is_one_renaming(bridge, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["original_dataset"]
 
 
-def test_all_broken_is_one_line(tmp_path):
+def test_all_broken_is_one_line(tmp_path, capsys):
     add(tmp_path / "d", "a", [(1, 1, 90, 90, "Crack")], suffix=".jpg").write_bytes(b"")
-    done = run(tmp_path / "d", tmp_path / "crops", "--n", 5, code=2)
-    assert "0 exist" in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "crops").exists()
+    err = call(capsys, tmp_path / "d", tmp_path / "crops", "--n", 5, code=2).err
+    assert "0 exist" in err and err.count("\n") == 1 and not (tmp_path / "crops").exists()
 
 
 def csv_rows(path):
@@ -1533,18 +1564,18 @@ def test_every_photo_is_counted(bridge, tmp_path, capsys):
     assert out[-2] == f"{found} photos found: {n_cut} cropped, {found - n_cut - n_out} not needed, {n_out} left out"
 
 
-def test_broken_photos_are_named_by_the_command(tmp_path):
+def test_broken_photos_are_named_by_the_command(tmp_path, capsys):
     broken_photos(tmp_path / "d")
     add(tmp_path / "d", "good", [(1, 1, 90, 90, "Crack")])
-    done = run(tmp_path / "d", tmp_path / "crops", "--n", 5)
+    out, err = call(capsys, tmp_path / "d", tmp_path / "crops", "--n", 5)
     for name in ("cut_jpg.jpg", "cut_png.png", "empty.jpg", "text.jpg", "flipped.png"):
-        assert f"images/{name}: " in done.stderr
-    assert "4  photo that is truncated or damaged" in done.stdout
+        assert f"images/{name}: " in err
+    assert "4  photo that is truncated or damaged" in out
 
 
-def test_underscores_and_an_empty_target(bridge, tmp_path):
+def test_underscores_and_an_empty_target(bridge, tmp_path, capsys):
     (tmp_path / "crops").mkdir()
-    run(bridge, "--n", 5, tmp_path / "crops/", "--window=native")
+    call(capsys, bridge, "--n", 5, tmp_path / "crops/", "--window=native")
     assert len(table(tmp_path / "crops")) == 5
 
 
@@ -1570,9 +1601,9 @@ def test_a_file_name_that_is_no_text(tmp_path):
     assert len(list((tmp_path / "crops/Crack").iterdir())) == 5
 
 
-def test_a_class_called_like_a_column(tmp_path):
+def test_a_class_called_like_a_column(tmp_path, capsys):
     add(tmp_path / "d", "a", [(1, 1, 90, 90, "side")])
-    run(tmp_path / "d", tmp_path / "crops", "--n", 3)
+    call(capsys, tmp_path / "d", tmp_path / "crops", "--n", 3)
     assert all(r["side"] == "64" and r["side_"] == "1" and r["class"] == "side" for r in table(tmp_path / "crops"))
 
 
@@ -1646,6 +1677,8 @@ def test_processor_time_is_that_of_decoding_once(big, tmp_path):
         middle = time.process_time()
         cc.crop_folder(big, tmp_path / f"c{k}", n=30)
         ratios.append((time.process_time() - middle) / (middle - start))
+        if sum(ratio <= 1.15 for ratio in ratios) == 3:                # the median of five is
+            return
     assert sorted(ratios)[2] <= 1.15, ratios
 
 
@@ -1678,8 +1711,8 @@ def test_two_workers_halve_the_time(big, tmp_path):
             best[workers] = min(best[workers], time.perf_counter() - start)
         if k >= 2 and best[2] <= 0.6 * best[1]:
             return
-    if sorted(free)[3] > 1.15:
-        pytest.skip(f"two processes take {sorted(free)[3]:.2f} of the time of one here: the second core is busy")
+        if k >= 2 and sorted(free)[k // 2] > 1.15:
+            pytest.skip(f"two processes take {sorted(free)[k // 2]:.2f} of one's time here: the second core is busy")
     assert best[2] <= 0.6 * best[1], best
 
 
