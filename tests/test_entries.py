@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import bench
 import compare
@@ -110,6 +112,17 @@ def test_processes_that_cannot_meet(photos, tmp_path, capsys, monkeypatch):
                 text = said(name, capsys, argv)
                 assert "cannot meet" in text and words in text and "torchrun" in text, text
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_closes_the_process_groups_and_tells_the_launcher(tmp_path, capsys, monkeypatch):
+    """Their threads would meet the end of the interpreter, which may abort; torchrun reports what the file says."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    line = said("okd_train", capsys, ["--steps", "none"])
+    assert not torch.distributed.is_initialized()
+    failure = ProcessFailure(0, 1, 2, str(tmp_path / "error.json"))
+    assert ChildFailedError("x", {0: failure}).format_msg().splitlines()[-2] == f"  traceback : {line.strip()}"
+    assert abs(failure.timestamp - (tmp_path / "error.json").stat().st_mtime) < 2
 
 
 # ---------------------------------------------------------------------------------------------- how python was started
