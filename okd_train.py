@@ -1919,8 +1919,8 @@ runs:
   on, on the CPU with exactly the numbers of an undisturbed run, also after kill -9 (from the last checkpoint; the
   log is cut back to it). Settings that are not named on --resume come from the run; naming another value is an error,
   except for how long, how often, on what device, and where the same images lie. Images and checkpoints are read as
-  data and never executed; a model script is a program, and args.json and G1.pt name the one to load: use only runs
-  that you trust.
+  data and never executed; a model script is a program, and args.json and G1.pt name the one to load (its path is
+  said before): use only runs that you trust.
 
 log.jsonl has a line of step, seconds, images_per_second (all groups) and, per group, d_loss, c_loss, g_loss and:
   d_w               E D(real) - E D(fake): rises fast, then falls slowly; neither stuck near 0 nor growing for ever

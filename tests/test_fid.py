@@ -1760,8 +1760,9 @@ class Slow:
     def __call__(self, x):
         for _ in range(6):
             self.now, before = self.now + 10, self.looks
-            while self.looks < before + 4:
-                time.sleep(0.001)
+            for _ in range(3000):
+                if self.looks < before + 4:
+                    time.sleep(0.001)
         return torch.zeros(len(x), 4)
 
 
