@@ -208,7 +208,8 @@ def explained(skipped, target):
             raise
         print_left_out(skipped)
         table = Path(f"{os.path.realpath(target)}.skipped.csv")
-        write_csv(table, Skip._fields, skipped)
+        write_csv(f"{table}.partial", Skip._fields, skipped)
+        os.replace(f"{table}.partial", table)
         (reason, n), = collections.Counter(s.reason for s in skipped if s.reason not in EFFECTS).most_common(1)
         raise TooFew(f"{e}; most were left out for this: {reason} ({n} of {len(skipped)}, all in {table})")
 
@@ -223,12 +224,13 @@ def crops(photos, n=2642, size=64, seed=0, window="native", label="rarest", bala
 
     window: "native" (side = size) or "box" (side uniform from half the box's shorter side to all of it, antialiased
     to size; boxes with a side under size as in native). label: "rarest", "single", "random". small: "around", "skip".
-    split: {name: share}, by photo. All windows are distinct in (photo, x, y). The result depends on seed and data
-    only, not on workers. skipped: a list that gets a Skip for everything left out. progress: called with (photos
-    done, photos in all, crops done). limits: (low, high), the numbers that are black and white in photos of 16 bits,
-    32 bits or floats; None: the least usual range that holds those of all. upright: turn crops as the EXIF of their
-    photo says. notes: a list that gets lines on what is odd about the photos. Raises CropError, possibly after the
-    first crops if damaged photos leave too few windows, and ValueError for bad arguments.
+    split: {name: share}, by photo; photos that come in splits of their own stay in them. All windows are distinct in
+    (photo, x, y). The result depends on seed and data only, not on workers. skipped: a list that gets a Skip for
+    everything left out. progress: called with (photos done, photos in all, crops done). limits: (low, high), the
+    numbers that are black and white in photos of 16 bits, 32 bits or floats; None: the least usual range that holds
+    those of all. upright: turn crops as the EXIF of their photo says. notes: a list that gets lines on what is odd
+    about the photos. Raises CropError, possibly after the first crops if damaged photos leave too few windows, and
+    ValueError for bad arguments.
     """
     for name, value in (("window", window), ("label", label), ("small", small)):
         if value not in CHOICES[name]:
@@ -918,7 +920,7 @@ class Pictures:
         infinite for masks and for other places (s1/labels and s2/images)."""
         if here == there:
             return 0
-        if there and MASK_FOLDER.search(folded(there[-1])):
+        if any(MASK_FOLDER.search(folded(part)) for part in there if part not in here):
             return math.inf
         a, b = place_of(here), place_of(there)
         beside = bool(here and there) and here[:-1] == there[:-1]
@@ -1527,12 +1529,12 @@ def print_table(rows, split):
     """The crops by class and split."""
     parts = list(split)
     classes = sorted({r["class"] for r in rows})
-    wide = max(map(len, ["class", "all", *classes]))
+    wide = max(len(printable(name)) for name in ["class", "all", *classes])
     print(f"{'class':{wide}}  photos   crops" + "".join(f"{p:>8}" for p in parts))
     for name in [*classes, None]:
         mine = [r for r in rows if name in (r["class"], None)]
         n_photos, by_part = len({r["photo"] for r in mine}), collections.Counter(r["split"] for r in mine)
-        print(f"{name or 'all':{wide}}{n_photos:8}{len(mine):8}" + "".join(f"{by_part[p]:8}" for p in parts))
+        print(f"{printable(name or 'all'):{wide}}{n_photos:8}{len(mine):8}" + "".join(f"{by_part[p]:8}" for p in parts))
 
 
 def print_left_out(skipped):

@@ -443,6 +443,8 @@ AWAY = "annotation without a photo beside it (one of that name lies elsewhere)"
      {"train/1.xml": "train/1.jpg", "val/1.xml": AWAY}),
     (["train/crack/a.jpg"], {"xml_files/crack/a.xml": "a.jpg"}, {"xml_files/crack/a.xml": "train/crack/a.jpg"}),
     (["Original images/a.jpg", "thin/a.jpg"], {"labels-voc/a.xml": "a"}, {"labels-voc/a.xml": "Original images/a.jpg"}),
+    (["masks/val/a.png"], {"labels/val/a.xml": "a.png"}, {"labels/val/a.xml": AWAY}),
+    (["segmented/images/a.png"], {"segmented/xml/a.xml": ""}, {"segmented/xml/a.xml": "segmented/images/a.png"}),
     (["masks/a.png"], {"Annotations/a.xml": "a.jpg"}, {"Annotations/a.xml": AWAY}),
     (["images/a.jpg", "images/a.heic"], {"annotations/b.xml": "a.heic"},
      {"annotations/b.xml": "annotation of a photo of a type that is not read: heic"}),
@@ -754,6 +756,41 @@ def test_coco_that_names_folders_means_them(tmp_path):
     photos, skipped = read_annotations(tmp_path)
     assert [(p.name, p.boxes[0].x0) for p in photos] == [("s0/1.png", 0), ("s1/1.png", 1)]
     assert [s.reason for s in skipped] == [TIE] and "image s2/1.png (s0/1.png, s1/1.png)" in skipped[0].where
+
+
+def test_each_format_gives_the_same_crops(tmp_path):
+    boxes = [(10, 20, 90, 110, "Crack"), (100, 0, 300, 200, "Rust"), (10, 20, 90, 110, "Rust"),
+             (0, 150, 7, 200, "Crack")]
+    classes, size = ["Crack", "Rust"], (300, 200)
+    for k in range(3):
+        for kind in ("voc", "yolo", "coco"):
+            photo_at(tmp_path, f"{kind}/images/{k}.png", k, size)
+        voc_at(tmp_path, f"voc/labels/{k}.xml", f"{k}.png",
+               *((x0 + 1, y0 + 1, x1, y1, c) for x0, y0, x1, y1, c in boxes[k:]), size=size)
+        text_at(tmp_path, f"yolo/labels/{k}.txt", "".join(yolo_line(classes.index(c), *b, size) for *b, c in boxes[k:]))
+    text_at(tmp_path, "yolo/data.yaml", f"names: {classes}")
+    text_at(tmp_path, "coco/all.json", json.dumps(coco_of(
+        [(f"{k}.png", *size) for k in range(3)],
+        [dict(image_id=k, category_id=classes.index(c) + 1, bbox=[x0, y0, x1 - x0, y1 - y0])
+         for k in range(3) for x0, y0, x1, y1, c in boxes[k:]])))
+    for kind in ("voc", "yolo", "coco"):
+        cc.crop_folder(tmp_path / kind, tmp_path / f"{kind}_crops", n=40, window="box", background=9)
+    made = [tree(tmp_path / f"{kind}_crops") for kind in ("voc", "yolo", "coco")]
+    skipped = [files.pop("skipped.csv") for files in made]
+    assert made[0] == made[1] == made[2] and len(made[0]) == 50 and len(set(skipped)) == 3
+
+
+def test_a_coco_file_of_100000_boxes(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(50):
+        photo_at(tmp_path, f"{k}.png", k, (300, 200))
+    corners = rng.integers(0, 100, (100_000, 4)) + [0, 0, 3, 3]
+    boxes = [dict(image_id=k % 50, bbox=box) for k, box in enumerate(corners.tolist())]
+    text_at(tmp_path, "all.json", json.dumps(coco_of([(f"{k}.png", 300, 200) for k in range(50)], boxes)))
+    start = time.process_time()
+    photos, skipped = read_annotations(tmp_path)
+    assert time.process_time() - start < 10                            # about 1.5
+    assert sum(len(p.boxes) for p in photos) + len(skipped) == 100_000
 
 
 def test_several_formats_are_told_apart_or_refused(tmp_path):
