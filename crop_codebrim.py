@@ -1105,17 +1105,20 @@ def read_bytes(path, what, most):
 
 def codebrim_claims(files, pictures):
     """A Claim for every ready-made crop: one box, the whole of it, or none where it shows background."""
-    entries = {}
+    entries, sets = {}, {}
     for name, path in files:
         if re.search(r"(^|/)metadata/(defects|background)\.xml$", name):
+            sets[os.path.dirname(name)] = None
             try:
                 for element in parse_xml(path).iter("Defect"):
                     entries[f"{path.stem}/{next(iter(element.attrib.values()), '')}"] = name, element
             except Unusable as e:
                 yield Claim(name, reason=str(e))
+    if len(sets) > 1:
+        raise CropError(f"{' and '.join(sets)} belong to several sets of crops: name the folder of one of them")
     used = set()
     for picture in pictures.paths:
-        *above, split, kind, file = ["", "", *picture.split("/")]
+        split, kind, file = ["", "", *picture.split("/")][-3:]
         copied = "_-_" in file and picture.split("_-_")[0] + Path(file).suffix in pictures.paths
         entry = f"{kind}/{file.split('_-_')[0] + Path(file).suffix if '_-_' in file else file}"
         if split not in ("train", "val", "test") or copied or entry not in entries:
@@ -1224,14 +1227,14 @@ def yaml_names(text, file):
     block = list(itertools.takewhile(lambda line: line[:1] in " \t-]}", lines[begin + 1:]))         # "" is in it, too
     flow = re.fullmatch(r"\[(.*)\]|\{(.*)\}", " ".join([first, *block]).strip())
     if flow:
-        items = re.findall(r"""((?:"[^"]*"|'[^']*'|[^,"'])+)""", flow[1] or flow[2] or "")
+        items = re.findall(r"""((?:\s*\d+\s*:\s)?\s*(?:"[^"]*"|'[^']*'|[^,]*)\s*)(?:,|$)""", flow[1] or flow[2] or "")
     else:
         items = [] if first else [line.strip().removeprefix("- ") for line in block if line]
     names = {}
     for i, item in enumerate(filter(None, map(str.strip, items))):
         number, name = re.fullmatch(r"(?:(\d+)\s*:\s)?\s*(.*)", item).groups()
         names[i if number is None else int(number)] = name.strip("'\"")
-    if not names or not all(names.values()):
+    if not names or any(not name or name.endswith(":") for name in names.values()):
         raise CropError(f"{file}: its names cannot be read; write them as names: [first, second]")
     return names
 

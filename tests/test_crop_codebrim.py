@@ -669,6 +669,20 @@ def test_lines_of_yolo_that_are_left_out(tmp_path, line, reason):
     assert photos[0].certain == placed and len(photos[0].taken) == 1 + (reason.endswith("no name"))
 
 
+@pytest.mark.parametrize("text, names", [
+    ("names: [Crack's edge, \"Rust, red\", a b]", ["Crack's edge", "Rust, red", "a b"]),
+    ("names: {0: 'a, b', 1: c}", ["a, b", "c"]), ("names : [a]\nnames_of_others: [b]", ["a"]), ("nc: 3", None),
+    ("names:\n  0:\n    en: Crack\n", "x"), ("names: []", "x"), ("names:\nnc: 3", "x"), ("names: &a [b]", "x"),
+    ("names: [a", "x"), ("names: ['', b]", "x"),
+])
+def test_names_of_a_yaml(text, names):
+    if names == "x":
+        with pytest.raises(CropError, match="data.yaml: its names cannot be read"):
+            cc.yaml_names(text, "data.yaml")
+    else:
+        assert cc.yaml_names(text, "data.yaml") == (names and dict(enumerate(names)))
+
+
 def test_the_nearest_class_list_holds(tmp_path):
     for site, name in (("s1", "Crack"), ("s2", "Rust")):
         photo_at(tmp_path, f"{site}/images/train/1.png")
@@ -877,6 +891,10 @@ def test_the_classification_set_keeps_its_splits(classified, tmp_path, capsys):
                     "metadata/defects.xml image defects/gone.png": "annotation without a photo"}
     assert cc.main([str(classified), str(tmp_path / "d"), "--split", "a=0.5,b=0.5"]) == 2
     assert "come in splits of their own" in capsys.readouterr().err
+    shutil.copytree(classified, classified.parent / "both/one")
+    shutil.copytree(classified, classified.parent / "both/two")
+    with pytest.raises(CropError, match="one/metadata and two/metadata belong to several sets"):
+        read_annotations(classified.parent / "both")
 
 
 # ---- any tree -------------------------------------------------------------------------------------------------------
