@@ -144,7 +144,7 @@ def test_error_is_at_most_twice_eagers(dtype, precision, shape, which, device, m
     monkeypatch.setattr(A, "_is_small", lambda *_: which == SMALL and (precision != "ieee" or device == "cpu"))
     ours, eagers = torch.zeros(8), torch.zeros(8)       # squared errors over all entries of all draws
     old = torch.get_float32_matmul_precision()
-    for seed in range(3):
+    for seed in range(3 if device == "cuda" else 1):
         leaves, back = inputs(*shape, dtype=dtype, device=device, seed=seed)
         want = exact(leaves, back)
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
