@@ -710,9 +710,9 @@ def read_photo(name, path, claims, exif, spelling, certain):
     certain = certain and not any(claim.reason for claim in claims)    # else a defect lies nobody knows where
     for claim in claims:
         turned = is_turned(claim.size, (width, height), turn, exif)
-        frame = "unclear" if turned is None else "turned" if turned else frame
         for mark in claim.marks:
             n += 1
+            frame = {None: "unclear", True: "turned", False: frame}[turned]
             try:
                 if mark.place is None:
                     certain = False

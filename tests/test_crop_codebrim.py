@@ -534,8 +534,10 @@ def test_sizes_that_say_stored_beside_a_turn(tmp_path):
                                       ((100, 101), (101, 100)), ((100, 101), (100, 101)), ((100, 80), None)]):
         photo_at(tmp_path, f"images/{k}.png", size=size, exif=exif)
         voc_at(tmp_path, f"annotations/{k}.xml", "", (1, 1, 64, 70, "Crack"), size=said)
-    assert [p.frame for p in read_annotations(tmp_path)[0]] == ["", "", "unclear", "turned", "", "unclear"]
-    turned = [p.boxes[0].y1 - p.boxes[0].y0 for p in read_annotations(tmp_path, "turned")[0]]
+    photo_at(tmp_path, "images/free.png", exif=exif)
+    text_at(tmp_path, "annotations/free.xml", xml_of([], None))        # no box, nothing to be turned
+    assert [p.frame for p in read_annotations(tmp_path)[0]] == ["", "", "unclear", "turned", "", "unclear", ""]
+    turned = [p.boxes[0].y1 - p.boxes[0].y0 for p in read_annotations(tmp_path, "turned")[0][:6]]
     assert turned == [70, 70, 64, 64, 70, 64]                          # 64 wide as shown
 
 
