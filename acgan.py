@@ -77,7 +77,12 @@ class Generator(nn.Module):
         for _ in range(levels):
             layers += [*_doubling(up, width, width // 2), *normed(width // 2)]
             width //= 2
-        self.net = nn.Sequential(*layers, *_doubling(up, width, channels), nn.Tanh())
+        if up == "nearest":         # right behind a doubling, pixels come in a weave: one more layer at full size
+            layers += [*_doubling(up, width, width), *normed(width)]
+            last = [nn.Conv2d(width, channels, 3, padding=1)]
+        else:
+            last = _doubling(up, width, channels)
+        self.net = nn.Sequential(*layers, *last, nn.Tanh())
 
     def forward(self, z, y):
         x = (z * self.embed(y))[:, :, None, None]

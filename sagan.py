@@ -80,7 +80,12 @@ class Generator(nn.Module):
             width, size = width // 2, size * 2
             if size in {32: (8, 16)}.get(image_size, (16, 32)):
                 layers.append(SelfAttention(width))
-        self.net = nn.Sequential(*layers, *_doubling(up, width, channels), nn.Tanh())
+        if up == "nearest":         # right behind a doubling, pixels come in a weave: one more layer at full size
+            layers += [*_doubling(up, width, width, sn), nn.BatchNorm2d(width), nn.ReLU()]
+            last = [nn.Conv2d(width, channels, 3, padding=1)]
+        else:
+            last = _doubling(up, width, channels)
+        self.net = nn.Sequential(*layers, *last, nn.Tanh())
 
     def forward(self, z):
         return self.net(z[:, :, None, None]).expand(-1, 3, -1, -1)
