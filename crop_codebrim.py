@@ -188,7 +188,7 @@ def crop_folder(source, target, sheet=None, exif=None, boxes=None, **choices):
     for note in [*notes, *frame_notes(photos)]:
         print(note)
     print_table(rows, choices.get("split") or sorted({r["split"] for r in rows} - {""}))
-    print_left_out(skipped)
+    print_left_out(skipped, target / "skipped.csv")
     for s in skipped:
         if s.what == "photo" and not s.reason.startswith(("photo without", "photo smaller", "photo of a type")):
             print(f"crop_codebrim.py: {s.where}: {s.reason}", file=sys.stderr)
@@ -206,8 +206,8 @@ def explained(skipped, target):
     except TooFew as e:
         if not skipped:
             raise
-        print_left_out(skipped)
         table = Path(f"{os.path.realpath(target)}.skipped.csv")
+        print_left_out(skipped, table)
         write_csv(f"{table}.partial", Skip._fields, skipped)
         os.replace(f"{table}.partial", table)
         (reason, n), = collections.Counter(s.reason for s in skipped if s.reason not in EFFECTS).most_common(1)
@@ -684,8 +684,8 @@ def nothing_found(root, files, pictures, boxes):
     """What the user is told where no annotation is: what lies there instead."""
     stem = lambda name: folded(Path(name).stem)
     count = collections.Counter(map(stem, pictures.paths))
-    masks = [n for n in pictures.paths if count[stem(n)] > 1 or MASK_FOLDER.search(folded(os.path.dirname(n)))
-             or re.search("[_-](mask|gt|label|seg)s?$", stem(n))]
+    masks = [n for n in pictures.paths if MASK_FOLDER.search(folded(os.path.dirname(n)))
+             or re.search("[_-](mask|gt|label|seg)s?$", stem(n))] or [n for n in pictures.paths if count[stem(n)] > 1]
     n_json = sum(path.suffix.lower() == ".json" for _, path in files)
     hint = f"expected NAME.xml or NAME.txt for NAME.jpg, or COCO's .json; {len(pictures.paths)} photos are there"
     if masks:
@@ -1540,13 +1540,13 @@ def print_table(rows, split):
         print(f"{printable(name or 'all'):{wide}}{n_photos:8}{len(mine):8}" + "".join(f"{by_part[p]:8}" for p in parts))
 
 
-def print_left_out(skipped):
-    """What was left out and why, the commonest reason first."""
+def print_left_out(skipped, table):
+    """What was left out and why, the commonest reason first; all of it is in the file `table`."""
     reasons = collections.defaultdict(list)
     for s in skipped:
         reasons[s.reason].append(s)
     if skipped:
-        print("left out (all of them: skipped.csv)")
+        print(f"left out (all of them: {printable(table.name)})")
     for reason, group in sorted(reasons.items(), key=lambda item: -len(item[1])):
         print(f"{len(group):8}  {reason}: {printable(group[0].where)}" + (", ..." if len(group) > 1 else ""))
 

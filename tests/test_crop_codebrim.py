@@ -822,7 +822,7 @@ def test_several_formats_are_told_apart_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize("files, said", [
-    (["images/a.png", "masks/a.png"], r"only masks \(images/a.png\)"),
+    (["images/a.png", "masks/a.png"], r"only masks \(masks/a.png\)"),
     (["a.png", "a_mask.png"], r"only masks \(a_mask.png"),
     (["SegmentationClass/a.png"], "only masks"), (["a.jpg", "a.png"], "only masks"),
     (["a.png", "a.json"], r"its 1 .json are not COCO's"), (["crack/a.png", "wear/b.png"], "okd_train.py --data"),
