@@ -429,7 +429,7 @@ CROP = [
     (["SRC", "OUT", "--demo", "d"], "unrecognized arguments: --demo"),
     (["SRC", "OUT", "--wind", "box"], "unrecognized"),
     (["SRC", "OUT", "--balance=1"], "ignored explicit argument"),
-    (["masks", "OUT"], "only masks (images/a.png), from which no boxes are read: let the labelling program export"),
+    (["masks", "OUT"], "only masks (masks/a.png), from which no boxes are read: let the labelling program export"),
     (["suffixed", "OUT"], "only masks (a_mask.png)"),
     (["labelme", "OUT"], "its 1 .json are not COCO's"),
     (["classes", "OUT"], "okd_train.py --data takes them as they are"),
