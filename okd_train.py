@@ -86,6 +86,7 @@ CHUNK = 50                      # images per forward when sampling: fixed, so th
                                 # are asked for
 NORMS_TOGETHER = {"cuda"}       # devices on which a launch costs more than its work: spectral norms are made together
 TIMEOUT = datetime.timedelta(minutes=10)    # after which a rank that waits for another gives up
+LATE = 5                        # seconds after which another rank than the first tells of its error, if it still runs
 on_log = None                   # a function that is given every line (a dict) of log.jsonl and fid.jsonl; on rank 0
 
 
@@ -2817,7 +2818,7 @@ def leave(program, status, words, late):
     Outside of any `except`: an error holds the process groups, whose threads are to end before the interpreter does.
     """
     if late:
-        time.sleep(5)
+        time.sleep(LATE)
     print(f"{'' if status != 130 else chr(10)}{program}: {words}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):         # with which torchrun's own report of the error ends
         with contextlib.suppress(OSError), open(report, "w") as f:
