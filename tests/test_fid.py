@@ -152,13 +152,12 @@ def test_features_agree_with_the_network_in_float64(recorded):
 @pytest.mark.parametrize("dims", [64, 192, 768])
 def test_lower_layers_and_their_fid_agree_with_pytorch_fid(recorded, dims):
     model = fid.inception(dims, recorded.weights, "cpu")
-    f = {k: fid.features(recorded.root / k, model=model) for k in "abc"}
-    close(f["a"][:8], recorded.npz[f"a{dims}"])
-    for pair in ("ab", "ac"):
-        want = recorded.json["fid"][f"{pair}/{dims}"]
-        assert fid.frechet_distance(f[pair[0]], f[pair[1]]) == pytest.approx(want["fid"], rel=3e-5)
-        s = [fid.statistics(f[k]) for k in pair]
-        assert fid.frechet_distance(*s[0], *s[1]) == pytest.approx(want["fid"], rel=3e-5)
+    f = [fid.features(recorded.root / k, model=model) for k in "ac"]
+    close(f[0][:8], recorded.npz[f"a{dims}"])
+    want = recorded.json["fid"][f"ac/{dims}"]
+    assert fid.frechet_distance(*f) == pytest.approx(want["fid"], rel=3e-5)
+    (m1, s1), (m2, s2) = map(fid.statistics, f)
+    assert fid.frechet_distance(m1, s1, m2, s2) == pytest.approx(want["fid"], rel=3e-5)
 
 
 @pytest.mark.parametrize("pair", ["ab", "ac", "bc"])
