@@ -2139,4 +2139,7 @@ def one_line(text):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_ctrl_c)
-    sys.exit(main())
+    ended = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(ended)     # one rank of several: in the end of the interpreter, threads of torch may call abort()
+    sys.exit(ended)

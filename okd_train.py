@@ -2867,6 +2867,22 @@ def main(argv=None):
     guarded("okd_train.py", lambda: run(sys.argv[1:] if argv is None else argv))
 
 
+def as_program(main):
+    """main() as the whole of a process. One rank of several ends without the interpreter's own end: threads of torch
+    that are on their way out may call abort() in it."""
+    status = 0
+    try:
+        main()
+    except SystemExit as e:
+        status = e.code
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(status)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_ctrl_c)
-    main()
+    as_program(main)

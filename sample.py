@@ -613,4 +613,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_ctrl_c)
-    main()
+    okd_train.as_program(main)

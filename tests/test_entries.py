@@ -155,3 +155,16 @@ def test_names_that_the_locale_has_no_letters_for(tmp_path, capsys, monkeypatch)
     for name, work in (("okd_train", "run"), ("fid", "_run"), ("labels", "run")):
         monkeypatch.setattr(SCRIPTS[name], work, lambda *_: "Bücke".encode("ascii"))
         assert "the locale has no letters for 'Bücke'" in said(name, capsys, ["a", "b"])
+
+
+def test_a_rank_ends_with_its_status_whatever_torchs_threads_do_at_the_end(root, tmp_path):
+    """atexit stands for what runs in the interpreter's own end; stdout is a file, so that it is buffered."""
+    code = ("import atexit, os, sys, okd_train\n"
+            "atexit.register(os.abort)\n"
+            "okd_train.as_program(lambda: (print('said'), sys.exit({status})) if {status} else print('said'))")
+    for status in (0, 3):
+        with open(tmp_path / "out", "w+") as out:
+            p = subprocess.run([sys.executable, "-c", code.format(status=status)], stdout=out, cwd=root,
+                               env={**os.environ, "WORLD_SIZE": "2", "RANK": "1"})
+            out.seek(0)
+            assert (p.returncode, out.read()) == (status, "said\n")
