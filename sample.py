@@ -613,4 +613,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_ctrl_c)
-    okd_train.as_program(main)
+    main() if okd_train is None else okd_train.as_program(main)
