@@ -41,7 +41,7 @@ hparams = dict(
     lambda_gp=10.0,             # only with wgan-gp
     c_aux=1.0,                  # weight of the class part in the connector's loss
     class_loss="both",          # both | real | adc: what D's class head learns from; see class_losses
-    up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves no checkerboard
+    up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves less of a checkerboard
     class_gain=False,           # in G, a gain for each class and channel after every BatchNorm
     channels=3,                 # 1: G makes one channel and shows it three times, for grey photos
 )
@@ -219,4 +219,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(here.parent))
     import okd_train
     signal.signal(signal.SIGINT, on_ctrl_c)
-    okd_train.main(["--model", __file__, "--groups", "1", *sys.argv[1:]])
+    okd_train.as_program(lambda: okd_train.main(["--model", __file__, "--groups", "1", *sys.argv[1:]]))

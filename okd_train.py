@@ -2874,7 +2874,7 @@ def as_program(main):
     try:
         main()
     except SystemExit as e:
-        status = e.code
+        status = e.code or 0
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
     for stream in filter(None, (sys.stdout, sys.stderr)):

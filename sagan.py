@@ -48,7 +48,7 @@ hparams = dict(
     lambda_gp=10.0,
     c_penalty="two-sided",      # two-sided | one-sided: one-sided leaves connectors alone where both generators agree
     spectral_norm="both",       # both | g | d | none; d means discriminators and connectors
-    up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves no checkerboard
+    up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves less of a checkerboard
     channels=3,                 # 1: G makes one channel and shows it three times, for grey photos
 )
 # For a few thousand photos and little time; what each part is worth stands in tests/README.md.
@@ -246,4 +246,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(here.parent))
     import okd_train
     signal.signal(signal.SIGINT, on_ctrl_c)
-    okd_train.main(["--model", __file__, "--groups", "1", *sys.argv[1:]])
+    okd_train.as_program(lambda: okd_train.main(["--model", __file__, "--groups", "1", *sys.argv[1:]]))

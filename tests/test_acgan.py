@@ -56,6 +56,8 @@ def test_nearest_neighbours_and_one_channel(size):
         x = G(torch.randn(2, 128), *labels)
         assert x.shape == (2, 3, size, size) and torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])
         assert sum(isinstance(m, nn.ConvTranspose2d) for m in G.modules()) == 1
+        behind = (nn.Upsample, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.Tanh)          # a layer at full size
+        assert all(map(isinstance, list(G.net)[-6:], behind)), G.net
 
 
 def test_gains_multiply_the_maps_of_their_class_alone():

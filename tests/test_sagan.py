@@ -325,7 +325,7 @@ def check_main(folder, name, decoys):
         out = python(folder, name, *argv, path=decoys)
         said = f"{name}: error: training needs okd_train.py beside {name}\n"
         assert (out.returncode, out.stdout, out.stderr) == (2, "", said)
-    (folder / "okd_train.py").write_text("def main(argv): print(argv)")
+    (folder / "okd_train.py").write_text("def main(argv): print(argv)\ndef as_program(main): main()")
     out = python(folder.parent, folder / name, "--steps", "3", path=decoys)
     assert out.stdout.strip() == repr(["--model", str(folder / name), "--groups", "1", "--steps", "3"]), out.stderr
 
