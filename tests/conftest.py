@@ -2,6 +2,7 @@
 import os
 import signal
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,20 @@ def noise(folder, classes, n):
         for k in range(n):
             Image.fromarray(r.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / name / f"{k}.png")
     return folder
+
+
+def least_peak(work):
+    """The most bytes that Python held at once beyond what it held before work(k), for k = 0 and 1, the less of both.
+
+    The less, because file names are interned, and as the interpreter's table of such strings grows it is copied once,
+    whoever is at work then: megabytes that say nothing of the work.
+    """
+    peaks = []
+    for k in range(2):
+        tracemalloc.start()
+        try:
+            work(k)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    return min(peaks)
