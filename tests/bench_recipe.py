@@ -4,8 +4,9 @@
     python tests/bench_recipe.py --test TEST --seconds 300 --features FILE.py --model acgan --data TRAIN ... --seed 1
 
 TEST holds the class folders of --data with other photos. Every flag of okd_train.py is taken. Prints a line per group:
-steps, FD, KID x 1000, coverage, and with classes the share of labels that hold and of photos that are named right after
-training on the fakes. FAKES fakes, as many photos, classes in turn; loading and scoring are not counted as time.
+steps, FD, KID x 1000, coverage, the variety (see okd_train.py --help) of the class that has least, and with classes the
+share of labels that hold and of photos that are named right after training on the fakes. FAKES fakes, as many photos,
+classes in turn; loading and scoring are not counted as time.
 """
 import argparse
 import json
@@ -51,7 +52,8 @@ def scores(trainer, g, model, train, test):
     fakes = np.concatenate([okd_train.generate(g.ema, *x) for x in inputs])
     f, real = fid.features(fakes, model=model), test[0][in_turn(test[1])]
     numbers = {"steps": trainer.step_count, "fd": fid.frechet_distance(real, f),
-               "kid": 1000 * np.ravel(fid.kernel_distance(real, f))[0], "coverage": fid.prdc(real, f)["coverage"]}
+               "kid": 1000 * np.ravel(fid.kernel_distance(real, f))[0], "coverage": fid.prdc(real, f)["coverage"],
+               "least variety": np.nanmin(np.array(okd_train.variety(trainer, g)["pixels"], float))}
     if trainer.script.conditional:
         y = np.concatenate([x[1] for x in inputs])
         numbers["labels"] = labels.classifier(*train).shares(f, y).mean()
