@@ -43,12 +43,13 @@ hparams = dict(
     class_loss="both",          # both | real | adc: what D's class head learns from; see class_losses
     up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves less of a checkerboard
     class_gain=False,           # in G, a gain for each class and channel after every BatchNorm
+    noise_from=0,               # in G, noise inputs in images of so many pixels a side or more; 0: none
     channels=3,                 # 1: G makes one channel and shows it three times, for grey photos
 )
 # For a few thousand photos and little time; what each part is worth stands in tests/README.md.
 recipes = dict(
     small=dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4, flip=True, flip_vertical=True,
-               class_loss="adc", up="nearest", class_gain=True),
+               class_loss="adc", up="nearest", class_gain=True, noise_from=64),
 )
 channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
 autocast = True                 # the losses may run under autocast (--precision bf16); the penalty leaves it
@@ -62,23 +63,25 @@ class Generator(nn.Module):
     adds anything: on few photos that let G forget z, until all images of a class were one.
     """
 
-    def __init__(self, image_size=64, z_dim=128, n_classes=5, ch=64, up="transposed", class_gain=False, channels=3):
+    def __init__(self, image_size=64, z_dim=128, n_classes=5, ch=64, up="transposed", class_gain=False,
+                 noise_from=0, channels=3):
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"channels is {channels}; it is 1 or 3")
         levels = _levels(image_size)
-        width = ch * 2 ** levels
+        width, size = ch * 2 ** levels, 4
         self.embed = nn.Embedding(n_classes, z_dim)
 
-        def normed(width):
+        def behind(width, size):
+            noise = [NoiseInput(width, size, z_dim)] if 0 < noise_from <= image_size and size > 4 else []
             gain = [ClassGain(n_classes, width)] if class_gain else []
-            return [nn.BatchNorm2d(width), *gain, nn.ReLU()]
-        layers = [nn.ConvTranspose2d(z_dim, width, 4), *normed(width)]                               # 4x4
+            return [*noise, nn.BatchNorm2d(width), *gain, nn.ReLU()]
+        layers = [nn.ConvTranspose2d(z_dim, width, 4), *behind(width, size)]
         for _ in range(levels):
-            layers += [*_doubling(up, width, width // 2), *normed(width // 2)]
-            width //= 2
+            width, size = width // 2, size * 2
+            layers += [*_doubling(up, 2 * width, width), *behind(width, size)]
         if up == "nearest":         # right behind a doubling, pixels come in a weave: one more layer at full size
-            layers += [*_doubling(up, width, width), *normed(width)]
+            layers += [*_doubling(up, width, width), *behind(width, 2 * size)]
             last = [nn.Conv2d(width, channels, 3, padding=1)]
         else:
             last = _doubling(up, width, channels)
@@ -87,8 +90,29 @@ class Generator(nn.Module):
     def forward(self, z, y):
         x = (z * self.embed(y))[:, :, None, None]
         for layer in self.net:
-            x = layer(x, y) if isinstance(layer, ClassGain) else layer(x)
+            if isinstance(layer, NoiseInput):
+                x = layer(x, z)
+            else:
+                x = layer(x, y) if isinstance(layer, ClassGain) else layer(x)
         return x.expand(-1, 3, -1, -1)
+
+
+class NoiseInput(nn.Module):
+    """x (B, C, H, W), z (B, z_dim) -> x + noise (B, 1, H, W) times a learned gain of each channel.
+
+    Grain, which is hard to make out of a map of 4x4. Unlike StyleGAN's (T. Karras et al., 2019) the noise is a fixed
+    random product of z, about N(0, 1) at every pixel, so that one z is one image.
+    """
+
+    def __init__(self, channels, side, z_dim):
+        super().__init__()
+        self.register_buffer("rows", torch.randn(side, z_dim))
+        self.register_buffer("columns", torch.randn(z_dim, side) / z_dim ** 0.5)
+        self.gain = nn.Parameter(torch.full((channels, 1, 1), 0.3))
+
+    def forward(self, x, z):
+        noise = (z[:, None] * self.rows) @ self.columns             # (B, H, W)
+        return torch.addcmul(x, self.gain, noise[:, None])
 
 
 class ClassGain(nn.Module):

@@ -49,12 +49,14 @@ hparams = dict(
     c_penalty="two-sided",      # two-sided | one-sided: one-sided leaves connectors alone where both generators agree
     spectral_norm="both",       # both | g | d | none; d means discriminators and connectors
     up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves less of a checkerboard
+    attention_side=32,          # of the largest map in G with attention; at 64x64, 16 halves a step's time on a CPU
+    noise_from=0,               # in G, noise inputs in images of so many pixels a side or more; 0: none
     channels=3,                 # 1: G makes one channel and shows it three times, for grey photos
 )
 # For a few thousand photos and little time; what each part is worth stands in tests/README.md.
 recipes = dict(
     small=dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4, flip=True, flip_vertical=True,
-               loss="hinge", spectral_norm="d", up="nearest"),
+               loss="hinge", spectral_norm="d", up="nearest", attention_side=16, noise_from=64),
 )
 channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
 autocast = True                 # the losses may run under autocast (--precision bf16); the penalty leaves it
@@ -65,30 +67,56 @@ class Generator(nn.Module):
     """z (B, z_dim) -> images (B, 3, image_size, image_size) in [-1, 1].
 
     At 64x64: 512 channels at 4x4, 256 at 8x8, 128 at 16x16 + attention, 64 at 32x32 + attention, 3 at 64x64. Attention
-    follows the last two hidden blocks, but never works on more than 32x32 positions.
+    follows the last two hidden blocks, but never works on more than 32x32 positions, or attention_side squared.
     """
 
-    def __init__(self, image_size=64, z_dim=128, ch=64, spectral_norm="both", up="transposed", channels=3):
+    def __init__(self, image_size=64, z_dim=128, ch=64, spectral_norm="both", up="transposed", attention_side=32,
+                 noise_from=0, channels=3):
         super().__init__()
         levels, sn = _levels(image_size), _normed("g", spectral_norm)
         width, size = ch * 2 ** levels, 4
         if channels not in (1, 3):
             raise ValueError(f"channels is {channels}; it is 1 or 3")
-        layers = [sn(nn.ConvTranspose2d(z_dim, width, 4)), nn.BatchNorm2d(width), nn.ReLU()]
+
+        def behind(width, size):
+            noise = [NoiseInput(width, size, z_dim)] if 0 < noise_from <= image_size and size > 4 else []
+            return [*noise, nn.BatchNorm2d(width), nn.ReLU()]
+        layers = [sn(nn.ConvTranspose2d(z_dim, width, 4)), *behind(width, size)]
         for _ in range(levels):
-            layers += [*_doubling(up, width, width // 2, sn), nn.BatchNorm2d(width // 2), nn.ReLU()]
             width, size = width // 2, size * 2
-            if size in {32: (8, 16)}.get(image_size, (16, 32)):
+            layers += [*_doubling(up, 2 * width, width, sn), *behind(width, size)]
+            if size in {32: (8, 16)}.get(image_size, (16, 32)) and size <= attention_side:
                 layers.append(SelfAttention(width))
         if up == "nearest":         # right behind a doubling, pixels come in a weave: one more layer at full size
-            layers += [*_doubling(up, width, width, sn), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [*_doubling(up, width, width, sn), *behind(width, 2 * size)]
             last = [nn.Conv2d(width, channels, 3, padding=1)]
         else:
             last = _doubling(up, width, channels)
         self.net = nn.Sequential(*layers, *last, nn.Tanh())
 
     def forward(self, z):
-        return self.net(z[:, :, None, None]).expand(-1, 3, -1, -1)
+        x = z[:, :, None, None]
+        for layer in self.net:
+            x = layer(x, z) if isinstance(layer, NoiseInput) else layer(x)
+        return x.expand(-1, 3, -1, -1)
+
+
+class NoiseInput(nn.Module):
+    """x (B, C, H, W), z (B, z_dim) -> x + noise (B, 1, H, W) times a learned gain of each channel.
+
+    Grain, which is hard to make out of a map of 4x4. Unlike StyleGAN's (T. Karras et al., 2019) the noise is a fixed
+    random product of z, about N(0, 1) at every pixel, so that one z is one image.
+    """
+
+    def __init__(self, channels, side, z_dim):
+        super().__init__()
+        self.register_buffer("rows", torch.randn(side, z_dim))
+        self.register_buffer("columns", torch.randn(z_dim, side) / z_dim ** 0.5)
+        self.gain = nn.Parameter(torch.full((channels, 1, 1), 0.3))
+
+    def forward(self, x, z):
+        noise = (z[:, None] * self.rows) @ self.columns             # (B, H, W)
+        return torch.addcmul(x, self.gain, noise[:, None])
 
 
 class Discriminator(nn.Module):

@@ -75,6 +75,58 @@ def test_gains_multiply_the_maps_of_their_class_alone():
     assert torch.equal(*G(torch.randn(2, 128), torch.tensor([1, 1])))       # times zero: nothing of z is left
 
 
+@pytest.mark.parametrize("script", [acgan, sagan])
+def test_noise_inputs_are_white_and_of_z_alone(script):
+    """About N(0, 1), with nothing in common between pixels, images, maps and channels but z and the gain."""
+    torch.manual_seed(0)
+    noise, other = script.NoiseInput(2, 32, 128), script.NoiseInput(2, 32, 128)
+    noise.gain.data = torch.tensor([1.0, -0.5]).view(2, 1, 1)
+    z = torch.randn(200, 128)
+    x = noise(torch.full((200, 2, 32, 32), 5.0), z) - 5
+    torch.testing.assert_close(x[:, 1], -0.5 * x[:, 0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(x, noise(torch.full((200, 2, 32, 32), 5.0), z) - 5)
+    pixels = x[:, 0].flatten(1)
+    assert abs(pixels.mean()) < 0.05 and abs(pixels.std() - 1) < 0.05
+    for a, b in ((pixels[:, :-1], pixels[:, 1:]), (pixels[:, :-32], pixels[:, 32:]), (pixels[:-1], pixels[1:])):
+        assert abs((a * b).mean()) < 0.05                           # beside, below, in the next image
+    assert abs((pixels * other(torch.zeros(200, 2, 32, 32), z)[:, 0].flatten(1)).mean()) < 0.05
+
+
+@pytest.mark.parametrize("up", ["transposed", "nearest"])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_noise_inputs_stand_in_every_map_behind_a_doubling(size, up):
+    """Without gain they leave G as it is; their noise is kept with the weights."""
+    for script, labels in ((acgan, [torch.tensor([0, 1])]), (sagan, [])):
+        G = script.Generator(size, ch=4, up=up, noise_from=size).eval()
+        plain, z = script.Generator(size, ch=4, up=up).eval(), torch.randn(2, 128)
+        noise = [m for m in G.net if isinstance(m, script.NoiseInput)]
+        sides = [8, 16, 32, 64, 128][:len(noise)]
+        assert [len(m.rows) for m in noise] == sides and sides[-1] == (size if up == "nearest" else size // 2)
+        for a, b in zip(plain.net, (m for m in G.net if not isinstance(m, script.NoiseInput)), strict=True):
+            a.load_state_dict(b.state_dict())
+        if labels:
+            plain.embed.load_state_dict(G.embed.state_dict())
+        again = script.Generator(size, ch=4, up=up, noise_from=size).eval()
+        again.load_state_dict(G.state_dict())
+        x = G(z, *labels)
+        assert torch.equal(x, again(z, *labels)) and not torch.equal(x, plain(z, *labels))
+        x.sum().backward()
+        assert all(m.gain.grad.abs().sum() > 0 for m in noise)
+        for m in noise:
+            torch.nn.init.zeros_(m.gain)
+        torch.testing.assert_close(G(z, *labels), plain(z, *labels))
+
+
+@pytest.mark.parametrize("script", [acgan, sagan])
+def test_noise_inputs_are_for_large_images(script):
+    """At 32x32 the recipe is better without, at 64x64 with them (tests/README.md)."""
+    def noisy(size, least):
+        return any(isinstance(m, script.NoiseInput) for m in script.Generator(size, ch=4, noise_from=least).net)
+    least = script.recipes["small"]["noise_from"]
+    assert [noisy(size, least) for size in (32, 64, 128)] == [False, True, True]
+    assert not noisy(128, script.hparams["noise_from"]) and noisy(32, 32) and not noisy(64, 65)
+
+
 def test_nearest_neighbours_leave_no_checkerboard():
     """From one constant map the transposed convolution makes a pattern of two pixels, the other form a constant."""
     torch.manual_seed(0)

@@ -37,6 +37,13 @@ def test_attention_sits_where_the_reference_has_it():
     assert places(sagan.Generator()) == [128, 64] and places(sagan.Discriminator()) == [256, 512]
 
 
+@pytest.mark.parametrize("size, side, kept", [(64, 16, [8]), (64, 15, []), (32, 16, [8, 4]), (128, 16, [16])])
+def test_attention_of_g_can_be_kept_to_small_maps(size, side, kept):
+    G = sagan.Generator(size, ch=4, attention_side=side)
+    assert [m.qkv.in_channels for m in G.modules() if isinstance(m, sagan.SelfAttention)] == kept
+    assert G(torch.randn(2, 128)).shape == (2, 3, size, size)
+
+
 @pytest.mark.parametrize("placement, g, d", [("both", 4, 4), ("g", 4, 0), ("d", 0, 4), ("none", 0, 0)])
 def test_spectral_norm_placement(placement, g, d):
     count = lambda net: sum(parametrize.is_parametrized(m) for m in net.modules())
