@@ -49,7 +49,7 @@ hparams = dict(
     c_penalty="two-sided",      # two-sided | one-sided: one-sided leaves connectors alone where both generators agree
     spectral_norm="both",       # both | g | d | none; d means discriminators and connectors
     up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves less of a checkerboard
-    attention_side=32,          # of the largest map in G with attention; at 64x64, 16 halves a step's time on a CPU
+    attention_side=32,          # of the largest map in G with attention; fewer pixels cost less time
     noise_from=0,               # in G, noise inputs in images of so many pixels a side or more; 0: none
     channels=3,                 # 1: G makes one channel and shows it three times, for grey photos
 )
