@@ -21,7 +21,7 @@ from test_okd_train import ENV, OTHER, TINY, assert_same, checkpoint, differs, f
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = ["--recipe", "small", "--channels", "1"]
+SMALL = ["--recipe", "small", "--channels", "1", "--noise-from", "32"]
 
 CUDA = torch.cuda.is_available()
 

@@ -77,7 +77,7 @@ def placed(photos, root, tmp_path_factory):
     (folder / "other.py").write_text(OTHER)
     (folder / "driver.py").write_text(DRIVER.format(paths=[str(root), str(root / "tests")]))
     common = ["--data", str(photos), "--log-every", "2", "--seed", "3", "--n-critic", "2"]
-    small = [*TINY, "--recipe", "small", "--channels", "1"]
+    small = [*TINY, "--recipe", "small", "--channels", "1", "--noise-from", "32"]
     models = {"sagan": TINY, "acgan": [*TINY, "--model", "acgan", *PICTURES],
               "acgan small": [*small, "--model", "acgan"],
               "script": ["--model", str(folder / "other.py")]}
