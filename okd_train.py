@@ -75,9 +75,9 @@ TRAINER_HPARAMS = dict(
 )
 OWN_LOSS_HPARAMS = dict(lambda_gp=10.0)     # named by the losses below, for scripts that bring none
 
-# --quick: the recipe "small" at 32x32 for some minutes. At this size a step costs the number of its operations, not
-# their arithmetic, so a larger batch is nearly free. Only keys that the model script has are set.
-QUICK = dict(image_size=32, steps=2500, max_seconds=270, sample_every=250, save_every=500)
+# --quick: the recipe "small" at 32x32, as many steps as some minutes allow. At this size a step costs the number of its
+# operations, not their arithmetic, so a larger batch is nearly free. Only keys that the model script has are set.
+QUICK = dict(image_size=32, max_seconds=270, sample_every=250, save_every=500)
 SMALL = dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4)       # "small" of scripts that bring no recipe
 
 EMA = 0.999                     # of the generators; all that is looked at or scored comes from the average
@@ -1957,7 +1957,7 @@ def trainer_flags(p):
     add("--recipe", metavar="NAME",
         help="a set of the script's settings by its name, such as small: for a few thousand photos; flags win over it")
     add("--quick", action="store_true",
-        help="a first look within five minutes on two cores: the recipe small, images of 32x32")
+        help="a first look in five minutes: the recipe small at 32x32, --max-seconds 270")
     add("--seed", type=int, default=0, help="all chance of a run comes from it (default 0)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--nproc", type=int, metavar="K",
@@ -2048,7 +2048,7 @@ def settle(s, script, named):
         take_settings(s, script, named)
     else:
         for name, value in preset(s, script).items():
-            if hasattr(s, name) and name not in named and (name != "steps" or "epochs" not in named):
+            if hasattr(s, name) and name not in named:
                 setattr(s, name, value)
                 changed[name] = value
     if "steps" in named and "epochs" in named:
@@ -2269,7 +2269,7 @@ def settle_channels(s, script, named, changed, data):
 def loop(trainer, s, out, scores, owed=False):
     """Steps, with logs, pictures, scores, checkpoints, and a way out that saves. owed: score before the first step."""
     ranks, begin, first = trainer.ranks, time.monotonic(), trainer.step_count
-    progress = Progress(s.steps, quiet=ranks.rank > 0)
+    progress = Progress(s.steps, quiet=ranks.rank > 0, seconds=s.max_seconds)
     pace, collapse, per_step = Pace(), Collapse(trainer.data.classes), s.batch_size * s.groups
     with Stop() as stop:
         signalled = owed and scores(trainer, out, progress, stop)
@@ -2528,8 +2528,10 @@ class Pace:
 class Progress:
     """One line that is rewritten in place on a terminal; elsewhere a line every ten seconds."""
 
-    def __init__(self, total, quiet=False, unit="step"):
+    def __init__(self, total, quiet=False, unit="step", seconds=None):
+        """seconds: from now on, after which it ends even if total is not reached."""
         self.total, self.quiet, self.unit, self.tty = total, quiet, unit, sys.stdout.isatty()
+        self.end = math.inf if seconds is None else time.monotonic() + seconds
         self.last, self.open = 0.0, False
         self.marks = []                                             # (time, done) of the last 30 s
 
@@ -2542,7 +2544,7 @@ class Progress:
         self.last = now
         (t0, d0), (t1, d1) = self.marks[0], self.marks[-1]
         rate = (d1 - d0) / (t1 - t0) if t1 > t0 else 0
-        left = span((self.total - done) / rate) if rate else "?"
+        left = span(max(0, min((self.total - done) / rate, self.end - now))) if rate else "?"
         words = [f"{self.unit} {done}/{self.total}", details(), f"{rate * images:.1f} img/s", f"{left} left"]
         line = "  ".join(filter(None, words))
         print(f"\r{line}\x1b[K" if self.tty else line, end="" if self.tty else "\n", flush=True)

@@ -718,6 +718,17 @@ def test_lost_weights_do_not_replace_a_good_checkpoint(spoil, photos, tmp_path, 
     assert checkpoint(tmp_path / "run")["step"] == 2
 
 
+def test_progress_tells_the_time_that_is_left(monkeypatch, capsys):
+    """Of two ends, the last step and --max-seconds, the one that comes first."""
+    now = [0.0]
+    monkeypatch.setattr(okd_train.time, "monotonic", lambda: now[0])
+    by_steps, by_time = okd_train.Progress(100), okd_train.Progress(100, seconds=60)
+    for now[0] in (0.0, 20.0):
+        by_steps(now[0])
+        by_time(now[0])
+    assert [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()] == ["80 s left", "40 s left"]
+
+
 def test_progress_is_rewritten_on_a_terminal(photos, tmp_path):
     import pty
     main, sub = pty.openpty()
@@ -774,6 +785,7 @@ def test_a_recipe_is_a_named_set_of_settings_and_flags_win(tmp_path):
     assert (named.ch, named.batch_size) == (9, 6)
     quick = settled("--quick", "--batch-size", "7")
     assert (quick.ch, quick.batch_size, quick.image_size, quick.recipe) == (4, 7, 32, "small")
+    assert (quick.steps, quick.max_seconds) == (50000, 270)         # the minutes end it, however fast its steps are
     assert settled("--quick", "--recipe", "large").ch == 16
     with pytest.raises(okd_train.UserError, match="--recipe tiny: own has small, large"):
         settled("--recipe", "tiny")
