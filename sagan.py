@@ -44,8 +44,9 @@ hparams = dict(
     beta2=0.9,
     n_critic=1,                 # discriminator steps per generator step
     rho=0.5,                    # weight of the connector in the generator's loss; above 1 copying the neighbour pays
-    loss="wgan-gp",             # wgan-gp | hinge (no penalty)
-    lambda_gp=10.0,
+    loss="wgan-gp",             # wgan-gp | hinge (no penalty) | r1 (a penalty at the real images: trains on for hours)
+    lambda_gp=10.0,             # only with wgan-gp
+    lambda_r1=0.1,              # only with r1
     c_penalty="two-sided",      # two-sided | one-sided: one-sided leaves connectors alone where both generators agree
     spectral_norm="both",       # both | g | d | none; d means discriminators and connectors
     up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves less of a checkerboard
@@ -219,24 +220,27 @@ def _normed(which, spectral_norm):
 
 
 # ---------------------------------------------------------------------------------------------- losses
-def discriminator_loss(D, real, fake, eps=None, lambda_gp=10.0, loss="wgan-gp"):
+def discriminator_loss(D, real, fake, eps=None, lambda_gp=10.0, loss="wgan-gp", lambda_r1=0.1):
     """real, fake (B, 3, H, W), fake detached -> (scalar, {w: E D(real) - E D(fake), grad_norm: mean |grad D|})."""
-    return _critic_loss(D, real, fake, eps, lambda_gp, loss, one_sided=False)
+    return _critic_loss(D, real, fake, eps, lambda_gp, loss, lambda_r1, one_sided=False)
 
 
-def connector_loss(C, neighbour, own, eps=None, lambda_gp=10.0, loss="wgan-gp", c_penalty="two-sided"):
+def connector_loss(C, neighbour, own, eps=None, lambda_gp=10.0, loss="wgan-gp", lambda_r1=0.1, c_penalty="two-sided"):
     """The discriminator's loss with the neighbour's images as real and the group's own as fake; all detached."""
     if c_penalty not in ("two-sided", "one-sided"):
         raise ValueError(f"c_penalty is {c_penalty!r}; it is two-sided or one-sided")
-    return _critic_loss(C, neighbour, own, eps, lambda_gp, loss, c_penalty == "one-sided")
+    return _critic_loss(C, neighbour, own, eps, lambda_gp, loss, lambda_r1, c_penalty == "one-sided")
 
 
-def generator_loss(D, fake):
-    """fake (B, 3, H, W) with its graph -> scalar. The same for wgan-gp and hinge."""
-    return -D(fake).mean()
+def generator_loss(D, fake, loss="wgan-gp"):
+    """fake (B, 3, H, W) with its graph -> scalar. The same for wgan-gp and hinge; with r1 non-saturating."""
+    s = D(fake)
+    return F.softplus(-s).mean() if loss == "r1" else -s.mean()
 
 
-def _critic_loss(D, real, fake, eps, lambda_gp, loss, one_sided):
+def _critic_loss(D, real, fake, eps, lambda_gp, loss, lambda_r1, one_sided):
+    if loss == "r1":
+        return _r1_loss(D, real, fake, lambda_r1)
     s = D(torch.cat([real, fake]))                                  # one pass: no layer mixes samples
     s_real, s_fake = s.split(len(real))
     w = (s_real - s_fake).mean()
@@ -244,9 +248,21 @@ def _critic_loss(D, real, fake, eps, lambda_gp, loss, one_sided):
     if loss == "hinge":
         return F.relu(1 - s_real).mean() + F.relu(1 + s_fake).mean(), logs
     if loss != "wgan-gp":
-        raise ValueError(f"loss is {loss!r}; it is wgan-gp or hinge")
+        raise ValueError(f"loss is {loss!r}; it is wgan-gp, hinge or r1")
     penalty, logs["grad_norm"] = gradient_penalty(D, real, fake, eps, one_sided)
     return lambda_gp * penalty - w, logs
+
+
+def _r1_loss(D, real, fake, lambda_r1):
+    """Logistic loss + lambda_r1 / 2 |grad D(real)|^2 (L. Mescheder et al., Which Training Methods for GANs do actually
+    Converge?, 2018), which keeps D from learning a few thousand photos by heart."""
+    x = real.detach().requires_grad_()
+    with torch.autocast(x.device.type, enabled=False):              # a second derivative wants more than 8 bits
+        s_real = D(x)
+        grad, = torch.autograd.grad(s_real.sum(), x, create_graph=True)
+    s_fake, squares = D(fake), grad.flatten(1).square().sum(1)      # (B,), (B,)
+    loss = F.softplus(-s_real).mean() + F.softplus(s_fake).mean() + lambda_r1 / 2 * squares.mean()
+    return loss, {"w": (s_real - s_fake).mean().detach(), "grad_norm": squares.detach().sqrt().mean()}
 
 
 def gradient_penalty(D, a, b, eps=None, one_sided=False):

@@ -281,7 +281,7 @@ OKD = [
     (["--image-size", "48"], "built for 32, 64 and 128"),
     (["--image-size", "0"], "--image-size is 0"),
     (["--image-size", str(10 ** 6)], "--image-size is 1000000; it must be at most"),
-    (["--loss", "lsgan"], "wgan-gp or hinge"),
+    (["--loss", "lsgan"], "wgan-gp, hinge or r1"),
     (["--loss", ""], "--loss is empty"),
     (["--spectral-norm", "all"], "both, g, d, none"),
     (["--c-penalty", "none"], "two-sided or one-sided"),
@@ -551,7 +551,7 @@ def test_an_environment_that_no_launcher_sets(env, words, scene, monkeypatch, ca
 
 
 @pytest.mark.parametrize("script, argv, words", [
-    ("sagan.py", ["--data", "DATA", *TINY, "--loss", "lsgan", "--out", "OUT"], "wgan-gp or hinge"),
+    ("sagan.py", ["--data", "DATA", *TINY, "--loss", "lsgan", "--out", "OUT"], "wgan-gp, hinge or r1"),
     ("acgan.py", ["--data", "DATA/Crack", "--out", "OUT"], "outside class folders"),
     ("fid.py", ["REAL", NO_TEXT, "--features", "random"], "at least 2"),
     ("crop_codebrim.py", [NO_TEXT, "OUT"], "no .xml files"),

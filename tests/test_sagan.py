@@ -1,4 +1,5 @@
 """sagan.py: the networks have the reference's sizes, attention and losses have their exact values; it works alone."""
+import math
 import os
 import shutil
 import subprocess
@@ -207,10 +208,34 @@ def test_penalty_has_a_finite_gradient_at_norm_zero():
     assert penalty.item() == 1 and torch.isfinite(grad).all()
 
 
+class Quadratic(nn.Module):
+    """A critic whose gradient at x is x itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * x.flatten(1).square().sum(1) / 2
+
+
+def test_r1_looks_at_the_real_images_and_trains_by_it():
+    """The penalty, lambda / 2 times the mean of |x|^2 at scale 1, has twice itself as its derivative by the scale."""
+    real, fake = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    squares = real.flatten(1).square().sum(1).mean()
+    slopes, values = [], []
+    for lambda_r1 in (0.0, 0.6):
+        D = Quadratic()
+        loss, logs = sagan.discriminator_loss(D, real, fake, loss="r1", lambda_r1=lambda_r1)
+        loss.backward()
+        values.append(loss.item())
+        slopes.append(D.scale.grad.item())
+    assert values[1] - values[0] == pytest.approx(0.3 * squares.item(), rel=1e-5)
+    assert slopes[1] - slopes[0] == pytest.approx(0.6 * squares.item(), rel=1e-5)
+    assert logs["grad_norm"].item() == pytest.approx(real.flatten(1).norm(dim=1).mean().item(), rel=1e-5)
+
+
 def test_penalty_looks_at_the_interpolates():
-    class Quadratic(nn.Module):                                     # gradient at x is x itself
-        def forward(self, x):
-            return x.flatten(1).square().sum(1) / 2
     a, b, eps = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.rand(4, 1, 1, 1)
     norms = (eps * a + (1 - eps) * b).flatten(1).norm(dim=1)
     penalty, seen = sagan.gradient_penalty(Quadratic(), a, b, eps)
@@ -218,7 +243,7 @@ def test_penalty_looks_at_the_interpolates():
     assert seen.item() == pytest.approx(norms.mean().item(), rel=1e-5)
 
 
-def test_wgan_gp_and_hinge_values():
+def test_values_of_the_losses():
     D = Linear(torch.ones(3, 2, 2) / 12)                            # the mean of the image; |w| = 1 / sqrt(12)
     real, fake = torch.full((4, 3, 2, 2), 0.5), torch.full((4, 3, 2, 2), -0.25)
     penalty = (12 ** -0.5 - 1) ** 2
@@ -230,6 +255,11 @@ def test_wgan_gp_and_hinge_values():
     assert sagan.connector_loss(D, real, fake, c_penalty="one-sided")[0].item() == pytest.approx(-0.75)
     assert sagan.connector_loss(D, real, fake)[0].item() == pytest.approx(-0.75 + 10 * penalty, rel=1e-5)
     assert sagan.generator_loss(D, fake).item() == pytest.approx(0.25)
+    softplus = lambda v: math.log1p(math.exp(v))
+    loss, logs = sagan.discriminator_loss(D, real, fake, loss="r1", lambda_r1=3.0)
+    assert loss.item() == pytest.approx(softplus(-0.5) + softplus(-0.25) + 3 / 2 / 12, rel=1e-5)
+    assert logs["w"].item() == pytest.approx(0.75) and logs["grad_norm"].item() == pytest.approx(12 ** -0.5)
+    assert sagan.generator_loss(D, fake, loss="r1").item() == pytest.approx(softplus(0.25), rel=1e-5)
     for bad in (dict(loss="lsgan"), dict(c_penalty="none")):
         with pytest.raises(ValueError):
             sagan.connector_loss(D, real, fake, **bad)
