@@ -92,8 +92,10 @@ class Generator(nn.Module):
         for layer in self.net:
             if isinstance(layer, NoiseInput):
                 x = layer(x, z)
+            elif isinstance(layer, ClassGain):
+                x = layer(x, y)
             else:
-                x = layer(x, y) if isinstance(layer, ClassGain) else layer(x)
+                x = layer(x)
         return x.expand(-1, 3, -1, -1)
 
 

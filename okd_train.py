@@ -2514,12 +2514,11 @@ class Pace:
 
     def forecast(self, step, per_step, trainer, s):
         text, left = f"One step takes {per_step:.3g} s here", s.steps - step
-        if left:
+        if left and s.max_seconds and per_step * left > s.max_seconds:
+            text += f", so some {s.max_seconds / per_step:.0f} are made in the {span(s.max_seconds)} of --max-seconds"
+        elif left:
             text += f", so the {left} steps to go take {span(per_step * left)}"
-            if s.max_seconds and per_step * left > s.max_seconds:
-                text += f", of which --max-seconds allows {span(s.max_seconds)}"
-            text += "; Ctrl-C saves and --resume goes on"
-        text += "."
+        text += "; Ctrl-C saves and --resume goes on." if left else "."
         if not s.quick and trainer.device.type == "cpu":
             text += " For a first look within minutes add --quick."
         return text

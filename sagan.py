@@ -44,7 +44,7 @@ hparams = dict(
     beta2=0.9,
     n_critic=1,                 # discriminator steps per generator step
     rho=0.5,                    # weight of the connector in the generator's loss; above 1 copying the neighbour pays
-    loss="wgan-gp",             # wgan-gp | hinge (no penalty) | r1 (a penalty at the real images: trains on for hours)
+    loss="wgan-gp",             # wgan-gp | hinge (no penalty) | r1 (a penalty at the real images)
     lambda_gp=10.0,             # only with wgan-gp
     lambda_r1=0.1,              # only with r1
     c_penalty="two-sided",      # two-sided | one-sided: one-sided leaves connectors alone where both generators agree
@@ -255,7 +255,7 @@ def _critic_loss(D, real, fake, eps, lambda_gp, loss, lambda_r1, one_sided):
 
 def _r1_loss(D, real, fake, lambda_r1):
     """Logistic loss + lambda_r1 / 2 |grad D(real)|^2 (L. Mescheder et al., Which Training Methods for GANs do actually
-    Converge?, 2018), which keeps D from learning a few thousand photos by heart."""
+    Converge?, 2018). On few photos it lasts where hinge gets worse (tests/README.md, "An hour")."""
     x = real.detach().requires_grad_()
     with torch.autocast(x.device.type, enabled=False):              # a second derivative wants more than 8 bits
         s_real = D(x)

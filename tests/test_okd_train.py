@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -675,9 +676,11 @@ def test_signals_save_and_leave(number, code, photos, tmp_path):
     assert saved["step"] == lines[-1]["step"] >= 1
 
 
-def test_max_seconds_and_epochs(photos, tmp_path, capsys):
-    common = ["--groups", "1", *TINY, "--data", photos]
+def test_max_seconds_and_epochs(photos, tmp_path, capsys, monkeypatch):
+    common, ends, made = ["--groups", "1", *TINY, "--data", photos], [], okd_train.Progress
+    monkeypatch.setattr(okd_train, "Progress", lambda *a, seconds=None, **k: ends.append(seconds) or made(*a, **k))
     train(*common, "--max-seconds", "0.001", "--out", tmp_path / "a")
+    assert ends == [0.001]
     assert checkpoint(tmp_path / "a")["step"] == 1 and "--max-seconds reached" in capsys.readouterr().out
     train(*common, "--epochs", "0.5", "--out", tmp_path / "b")
     assert checkpoint(tmp_path / "b")["step"] == 3                  # 12 of 24 images in batches of 4
@@ -716,6 +719,14 @@ def test_lost_weights_do_not_replace_a_good_checkpoint(spoil, photos, tmp_path, 
     text = refused(capsys, *argv, "--out", tmp_path / "run")
     assert "step 4: weights or moments of the connector of group 2 are not finite; the last good state is in" in text
     assert checkpoint(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize("steps, seconds, words", [
+    (1000, None, "so the 900 steps to go take 3 min; Ctrl-C"), (1000, 300, "so the 900 steps to go take 3 min; Ctrl-C"),
+    (1000, 50, "so some 250 are made in the 50 s of --max-seconds; Ctrl-C"), (100, 50, "One step takes 0.2 s here.")])
+def test_the_forecast_names_the_end_that_comes_first(steps, seconds, words):
+    s, cpu = SimpleNamespace(steps=steps, max_seconds=seconds, quick=True), SimpleNamespace(device=torch.device("cpu"))
+    assert words in okd_train.Pace().forecast(100, 0.2, cpu, s)
 
 
 def test_progress_tells_the_time_that_is_left(monkeypatch, capsys):

@@ -243,6 +243,7 @@ def test_the_ranks_of_a_group_act_as_one_batch(root, tmp_path, monkeypatch):
     settings = ["--image-size", "32", "--ch", "4", "--z-dim", "8", "--batch-size", "7", "--rho", "0.5"]
     jobs = [(topology, "--model", model, "--groups", str(n), *settings)
             for topology, model, n in (("ring", "acgan", 2), ("ring", "sagan", 2), ("star", "sagan", 3))]
+    jobs.append((*jobs[1], "--loss", "r1"))
     torchrun(5, json.dumps(jobs), tmp_path / "out.", script=tmp_path / "worker.py")
     space = {"__name__": "worker"}
     exec((tmp_path / "worker.py").read_text(), space)
