@@ -279,7 +279,7 @@ def count_work(script, s):
     """(floating-point operations, operations launched) of one step, counted on the CPU but with what a GPU would run:
     eager attention, norms of weights made together, torch's default layout.
 
-    Counted at batch 2 with two groups: arithmetic is proportional to the batch and to the groups.
+    Counted at batch 2 with two groups: arithmetic is proportional to the batch and to the groups. UserError.
     """
     less = {"batch_size": 2, "groups": min(s.groups, 2), "precision": "fp32", "cuda_graph": "off"}
     few, cpu, script = argparse.Namespace(**{**vars(s), **less}), torch.device("cpu"), copy.copy(script)
@@ -290,6 +290,7 @@ def count_work(script, s):
     norms, attention = okd_train.kernel("spectral_norm"), okd_train.kernel("attention")
     for net in (net for g in trainer.groups if norms for net in g.nets.values()):
         net.normed = norms.SpectralNorms(net.net)
+    okd_train.probe(script, few, trainer.groups[0])
     trainer.step()
     fused = attention and attention.FUSED_FROM_N
     try:

@@ -601,7 +601,11 @@ def make_arm(text, script, shared, judge):
     okd_train.settle_channels(s, script, given, changed, data)
     if script.conditional:
         s.n_classes = len(data.classes)
-    return Arm(text, base, argv[2:], own, s, script, bench.count_work(script, s)[0])
+    try:
+        work = bench.count_work(script, s)[0]
+    except okd_train.UserError as e:
+        raise okd_train.UserError(f"arm {text}: {e}") from None
+    return Arm(text, base, argv[2:], own, s, script, work)
 
 
 def as_flag(name, value):
