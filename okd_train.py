@@ -1925,7 +1925,7 @@ runs:
 
 log.jsonl has a line of step, seconds, images_per_second (all groups) and, per group, d_loss, c_loss, g_loss and:
   d_w               E D(real) - E D(fake): rises fast, then falls slowly; neither stuck near 0 nor growing for ever
-  d_grad_norm       mean gradient norm of D at the interpolates: close to 1
+  d_grad_norm       mean gradient norm of D at the interpolates: close to 1; with --loss r1 d_real_grad, at real images
   c_w, c_grad_norm  the same between neighbour and own fakes: c_w falls as the groups come together
   gamma             weight of each attention layer in G, D, C; starts at 0 and leaves it; its sign does not matter
   d_accuracy        acgan: share of real images whose class is named right, towards 1; d_class_loss: the class loss

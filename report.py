@@ -55,8 +55,9 @@ DASHES = (0, 7, 3, 12)          # pixels on and off; 0 is solid
 PANEL = (430, 220)              # pixels
 ABOUT = {                       # what a logged quantity is, under its panel's title
     "loss": "loss of the {}", "d_w": "mean D(real) - mean D(fake)", "c_w": "mean C(neighbour) - mean C(own)",
-    "grad_norm": "mean gradient norm, aim 1", "accuracy": "share of images whose class is named right",
-    "class_loss": "cross-entropy of classes", "gamma": "weight of attention, {}",
+    "grad_norm": "mean gradient norm, aim 1", "real_grad": "mean gradient norm at real images",
+    "accuracy": "share of images whose class is named right", "class_loss": "cross-entropy of classes",
+    "gamma": "weight of attention, {}",
 }
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #595959; --line: #ccc; --mark: #fff3cd }

@@ -47,7 +47,7 @@ hparams = dict(
     loss="wgan-gp",             # wgan-gp | hinge (no penalty) | r1 (a penalty at the real images)
     lambda_gp=10.0,             # only with wgan-gp
     lambda_r1=0.1,              # only with r1
-    c_penalty="two-sided",      # two-sided | one-sided: one-sided leaves connectors alone where both generators agree
+    c_penalty="two-sided",      # two-sided | one-sided (only with wgan-gp): leaves connectors alone where both agree
     spectral_norm="both",       # both | g | d | none; d means discriminators and connectors
     up="transposed",            # transposed | nearest: how G doubles its maps; nearest leaves less of a checkerboard
     attention_side=32,          # of the largest map in G with attention; fewer pixels cost less time
@@ -57,7 +57,7 @@ hparams = dict(
 # For a few thousand photos and little time; what each part is worth stands in tests/README.md.
 recipes = dict(
     small=dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4, flip=True, flip_vertical=True,
-               loss="hinge", spectral_norm="d", up="nearest", attention_side=16, noise_from=64),
+               loss="r1", spectral_norm="none", up="nearest", attention_side=16, noise_from=64),
 )
 channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
 autocast = True                 # the losses may run under autocast (--precision bf16); the penalty leaves it
@@ -221,7 +221,10 @@ def _normed(which, spectral_norm):
 
 # ---------------------------------------------------------------------------------------------- losses
 def discriminator_loss(D, real, fake, eps=None, lambda_gp=10.0, loss="wgan-gp", lambda_r1=0.1):
-    """real, fake (B, 3, H, W), fake detached -> (scalar, {w: E D(real) - E D(fake), grad_norm: mean |grad D|})."""
+    """real, fake (B, 3, H, W), fake detached -> (scalar, what is logged).
+
+    w: E D(real) - E D(fake). Of wgan-gp, grad_norm: mean |grad D| at the interpolates; of r1, real_grad: at the reals.
+    """
     return _critic_loss(D, real, fake, eps, lambda_gp, loss, lambda_r1, one_sided=False)
 
 
@@ -229,6 +232,8 @@ def connector_loss(C, neighbour, own, eps=None, lambda_gp=10.0, loss="wgan-gp", 
     """The discriminator's loss with the neighbour's images as real and the group's own as fake; all detached."""
     if c_penalty not in ("two-sided", "one-sided"):
         raise ValueError(f"c_penalty is {c_penalty!r}; it is two-sided or one-sided")
+    if c_penalty == "one-sided" and loss != "wgan-gp":
+        raise ValueError(f"c_penalty one-sided is a form of wgan-gp's penalty, and loss is {loss}")
     return _critic_loss(C, neighbour, own, eps, lambda_gp, loss, lambda_r1, c_penalty == "one-sided")
 
 
@@ -262,7 +267,7 @@ def _r1_loss(D, real, fake, lambda_r1):
         grad, = torch.autograd.grad(s_real.sum(), x, create_graph=True)
     s_fake, squares = D(fake), grad.flatten(1).square().sum(1)      # (B,), (B,)
     loss = F.softplus(-s_real).mean() + F.softplus(s_fake).mean() + lambda_r1 / 2 * squares.mean()
-    return loss, {"w": (s_real - s_fake).mean().detach(), "grad_norm": squares.detach().sqrt().mean()}
+    return loss, {"w": (s_real - s_fake).mean().detach(), "real_grad": squares.detach().sqrt().mean()}
 
 
 def gradient_penalty(D, a, b, eps=None, one_sided=False):

@@ -108,7 +108,7 @@ def run_both(a, b, steps):
 @pytest.mark.parametrize("argv", [
     ["--groups", "3"], ["--groups", "1", "--n-critic", "2"], ["--groups", "2", "--n-critic", "2", "--flip"],
     ["--model", "acgan", "--groups", "2", "--flip"], ["--model", "acgan", "--groups", "2", "--loss", "wgan-gp"],
-    ["--groups", "2", "--loss", "r1", "--rho", "0"],
+    ["--groups", "2", "--loss", "hinge", "--rho", "0"],
     ["--groups", "2", *SMALL], ["--model", "acgan", "--groups", "2", *SMALL]])
 def test_twenty_steps_are_those_of_the_eager_loop(argv, recorded):
     a, b = recorded(*argv, *TINY), eager(*argv, *TINY)

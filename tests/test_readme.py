@@ -246,7 +246,7 @@ def test_every_flag_exists(pages, root, capsys):
     known = capsys.readouterr().out
     others = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--width", "--num-workers"}
     for page, text in pages.items():
-        for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - others:
+        for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - others:
             assert re.search(rf"{flag}\b", known), f"{page}: {flag}"
 
 

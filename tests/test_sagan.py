@@ -232,7 +232,7 @@ def test_r1_looks_at_the_real_images_and_trains_by_it():
         slopes.append(D.scale.grad.item())
     assert values[1] - values[0] == pytest.approx(0.3 * squares.item(), rel=1e-5)
     assert slopes[1] - slopes[0] == pytest.approx(0.6 * squares.item(), rel=1e-5)
-    assert logs["grad_norm"].item() == pytest.approx(real.flatten(1).norm(dim=1).mean().item(), rel=1e-5)
+    assert logs["real_grad"].item() == pytest.approx(real.flatten(1).norm(dim=1).mean().item(), rel=1e-5)
 
 
 def test_penalty_looks_at_the_interpolates():
@@ -258,9 +258,9 @@ def test_values_of_the_losses():
     softplus = lambda v: math.log1p(math.exp(v))
     loss, logs = sagan.discriminator_loss(D, real, fake, loss="r1", lambda_r1=3.0)
     assert loss.item() == pytest.approx(softplus(-0.5) + softplus(-0.25) + 3 / 2 / 12, rel=1e-5)
-    assert logs["w"].item() == pytest.approx(0.75) and logs["grad_norm"].item() == pytest.approx(12 ** -0.5)
+    assert logs["w"].item() == pytest.approx(0.75) and logs["real_grad"].item() == pytest.approx(12 ** -0.5)
     assert sagan.generator_loss(D, fake, loss="r1").item() == pytest.approx(softplus(0.25), rel=1e-5)
-    for bad in (dict(loss="lsgan"), dict(c_penalty="none")):
+    for bad in (dict(loss="lsgan"), dict(c_penalty="none"), dict(loss="hinge", c_penalty="one-sided")):
         with pytest.raises(ValueError):
             sagan.connector_loss(D, real, fake, **bad)
 
