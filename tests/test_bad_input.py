@@ -285,7 +285,7 @@ OKD = [
     (["--loss", ""], "--loss is empty"),
     (["--spectral-norm", "all"], "both, g, d, none"),
     (["--c-penalty", "none"], "two-sided or one-sided"),
-    (["--c-penalty", "one-sided", "--recipe", "small"], "one-sided is a form of wgan-gp's penalty, and loss is r1"),
+    (["--c-penalty", "one-sided", "--steps", "1", "--loss", "hinge"], "a form of wgan-gp's penalty, and loss is hinge"),
     (["--fid-every", "0"], "--fid-every is 0"),
     (["--fid-every", "5", "--fid-features", "random", "--fid-data", "nowhere"], "no such folder"),
     (["--fid-every", "5", "--fid-features", "random", "--fid-data", ""], "--fid-data is empty"),
