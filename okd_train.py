@@ -1897,7 +1897,8 @@ LIMITS = dict(
     seed=(0, None), batch_size=(1, 10 ** 6), n_critic=(1, 1000), image_size=(4, 4096), z_dim=(1, 10 ** 6),
     n_classes=(1, 10 ** 5), log_every=(1, None), sample_every=(1, None), save_every=(1, None), fid_every=(1, None),
     fid_samples=(4, 10 ** 7),
-    rho=(0, None), g_lr=(0, None), d_lr=(0, None), c_lr=(0, None), beta1=(0, 0.999999), beta2=(0, 0.999999))
+    rho=(0, None), g_lr=(0, None), d_lr=(0, None), c_lr=(0, None), beta1=(0, 0.999999), beta2=(0, 0.999999),
+    lambda_gp=(0, None))
 NONE_BY_DEFAULT = dict(data=str, recipe=str, epochs=float, max_seconds=float, device=str, precision=str,
                        fid_every=int, fid_samples=int, fid_data=str, range=list)
 MAY_CHANGE = {"steps", "epochs", "max_seconds", "save_every", "sample_every", "log_every", "fid_every", "device",
@@ -1924,7 +1925,8 @@ runs:
   said before): use only runs that you trust.
 
 log.jsonl has a line of step, seconds, images_per_second (all groups) and, per group, d_loss, c_loss, g_loss and:
-  d_w               E D(real) - E D(fake): rises fast, then falls slowly; neither stuck near 0 nor growing for ever
+  d_w               E D(real) - E D(fake): rises fast, then falls slowly (with --loss r1 it stays); neither stuck near
+                    0 nor growing for ever
   d_grad_norm       mean gradient norm of D at the interpolates: close to 1; with --loss r1 d_real_grad, at real images
   c_w, c_grad_norm  the same between neighbour and own fakes: c_w falls as the groups come together
   gamma             weight of each attention layer in G, D, C; starts at 0 and leaves it; its sign does not matter

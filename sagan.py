@@ -229,7 +229,10 @@ def discriminator_loss(D, real, fake, eps=None, lambda_gp=10.0, loss="wgan-gp", 
 
 
 def connector_loss(C, neighbour, own, eps=None, lambda_gp=10.0, loss="wgan-gp", lambda_r1=0.1, c_penalty="two-sided"):
-    """The discriminator's loss with the neighbour's images as real and the group's own as fake; all detached."""
+    """The discriminator's loss with the neighbour's images as real and the group's own as fake; all detached.
+
+    ValueError for a c_penalty that the loss has not, as for any unknown setting of a loss.
+    """
     if c_penalty not in ("two-sided", "one-sided"):
         raise ValueError(f"c_penalty is {c_penalty!r}; it is two-sided or one-sided")
     if c_penalty == "one-sided" and loss != "wgan-gp":
@@ -261,6 +264,8 @@ def _critic_loss(D, real, fake, eps, lambda_gp, loss, lambda_r1, one_sided):
 def _r1_loss(D, real, fake, lambda_r1):
     """Logistic loss + lambda_r1 / 2 |grad D(real)|^2 (L. Mescheder et al., Which Training Methods for GANs do actually
     Converge?, 2018). On few photos it lasts where hinge gets worse (tests/README.md, "An hour")."""
+    if lambda_r1 < 0:
+        raise ValueError(f"lambda_r1 is {lambda_r1}; it must be 0 or more")
     x = real.detach().requires_grad_()
     with torch.autocast(x.device.type, enabled=False):              # a second derivative wants more than 8 bits
         s_real = D(x)

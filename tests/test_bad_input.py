@@ -240,6 +240,8 @@ OKD = [
     (["--groups", HUGE], "it must be at most"),
     (["--groups", "-0"], "--groups is 0"),
     (["--rho", "-0.5"], "--rho is -0.5"),
+    (["--steps", "1", "--lambda-gp", "-1"], "--lambda-gp is -1.0"),
+    (["--steps", "1", "--loss", "r1", "--lambda-r1", "-1"], "lambda_r1 is -1.0; it must be 0 or more"),
     (["--rho", "nan"], "--rho is nan"),
     (["--rho", "1e999"], "--rho is inf"),
     (["--rho", "half"], "invalid float value"),

@@ -364,6 +364,7 @@ def test_parts_are_found_beside_one_another(place, tmp_path):
     (["--features", "none"], "--features"), (["--features", "gone.py"], "gone.py: no such file"),
     (["--test", "nowhere"], "no such folder"), (["--arms", "ring:beta7=1"], "arm ring:beta7=1: "),
     (["--arms", "ring:rho=x"], "arm ring:rho=x: "), (["--arms", "ring:seed=3"], "the same for all arms"),
+    (["--model", "sagan", "--arms", "odd:loss=no"], "arm odd:loss=no: "),
     (["--model", "sagan", "--arms", "odd:loss=no"], "loss is 'no'; it is wgan-gp"),
     (["--batch-size", "0"], "--batch-size"), (["--loss", "no"], "loss")])
 def test_mistakes(place, tmp_path, capsys, monkeypatch, more, words):
