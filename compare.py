@@ -3,29 +3,32 @@
     python compare.py --data crops/ --out study/        # crops/train, val and test, as crop_codebrim.py --split makes
     python compare.py --data a/ --test b/ --recipe small --seeds 12 --steps 2000 --jobs 2 --out study/
     python compare.py ... --features FILE.py            # scored in features of your own, see fid.py --help
-    python compare.py ... --arms ring:rho=0.1 onesided:c_penalty=one-sided     # further arms
+    python compare.py ... --arms ring:rho=0.1 ring:rho=1    # further arms
     python compare.py ... --seeds 6-11                  # on another machine; put the lines of both results.jsonl in one
 
 For every seed it trains
     ring     N groups that learn from one another (rho 0.5);
     alone    the same N groups with rho 0: the same initial weights, z and order of the photos, so the seeds are pairs;
     single   one group, for as many steps as have the arithmetic of the whole ring, counted and printed.
-A further arm is NAME:SETTING=VALUE,...; it has the settings of the arm NAME, or of the ring, but for these. Every other
-flag of okd_train.py is for all arms: --model, --groups, --steps, --recipe, --image-size, ...
+A further arm is NAME:SETTING=VALUE,...: the ring, alone or single with other settings, which is compared with the arm
+NAME and with alone. Every other flag of okd_train.py is for all arms: --model, --groups, --steps, --recipe, ...; with
+another --loss it is another study, in another folder.
 
 Three parts of the photos that share none: --data is learnt from; by --val (or half of --test) four checkpoints of every
 group are scored, and the best step of each group and the best group are chosen; on --test these are measured, once.
     mean     over the groups, each at its best step;      best     the group that was best by --val;
     union    as many images, an equal part of each group.
 One run is one observation, as its groups are not independent: differences are paired by seed, with the 95 % interval of
-a t-test, and the difference that so many seeds would show four times out of five.
+a t-test, and the difference that so many seeds would show four times out of five. The questions are two, the mean of
+the ring against that of alone and against single; of the many other comparisons one in twenty strays by chance.
 
 --out (study/) holds results.jsonl (a line per finished run), study.html, study.png and the runs. Give the command
-again at any time, after a crash too: what is finished is not repeated, what is not goes on. One seed of every arm comes
-first.
+again at any time, after a crash too: what is finished is not repeated, what is not goes on; a run whose line was taken
+out of results.jsonl is scored anew. One seed of every arm comes first.
 """
 import argparse
 import html
+import itertools
 import json
 import math
 import os
@@ -64,9 +67,11 @@ CHECKPOINTS = 4                 # of a run that are scored on the validation par
 VAL_FAKES, TEST_FAKES = 150, 300    # images of each group: few, as a network for features takes most of the time
 MEASURES = ("mean", "best", "union")
 HEAD = ("mean over groups", "best by validation", "union")
-BETTER = {"distance": "lower", "kid": "lower", "coverage": "higher", "variety": "higher", "labels": "higher"}
-NAMES = {"kid": "KID", "labels": "labels that hold"}
+QUESTIONS = ("ring", "alone"), ("ring", "single")                   # by the mean of the distance
+BETTER = {"distance": "lower", "kid": "lower", "coverage": "higher", "labels": "higher"}
+NAMES = {"kid": "KID", "labels": "labels that hold", "apart": "between groups"}
 ABOUT = {"variety": "mean distance between two images of a class, over that between two photos",
+         "apart": "KID between the images of two groups of a run",
          "c_w": "in training: how far a connector tells its own group from the next"}
 # Flags of the trainer that the study sets by itself, or that would end a run before its last step.
 TAKEN = {"seed", "resume", "epochs", "max_seconds", "quick", "nproc", "fid_every", "fid_samples", "fid_data",
@@ -91,10 +96,15 @@ class Arm:
     script: okd_train.Script
     work: float
 
-    @property
-    def settings(self):
-        """What a result must have been made with to count for this arm."""
-        return {"model": self.script.name, **{k: v for k, v in vars(self.s).items() if k not in APART | OWN}}
+
+def reading_of(s, script):
+    """The settings that say how photos are read."""
+    return s.image_size, script.conditional, s.upright, str(s.range)
+
+
+def settings_of(s, script):
+    """What a result must have been made with to count for an arm of these settings."""
+    return {"model": script.name, **{k: v for k, v in vars(s).items() if k not in APART | OWN}}
 
 
 # ---------------------------------------------------------------------------------------------- the study
@@ -119,7 +129,7 @@ class Study:
 
     def judge(self, s, script):
         """Who scores an arm. Made before the first run starts, so that missing weights are not found out at its end."""
-        key = s.image_size, script.conditional
+        key = reading_of(s, script)
         if key not in self.judges:
             if script.conditional:
                 train, test = (okd_train.class_files(self.parts[part], True)[1] for part in ("train", "test"))
@@ -134,11 +144,14 @@ class Study:
     def check(self, line):
         """UserError where a result was made in another way than its arm is now, or than its earlier runs were."""
         arm = self.arms[line["arm"]]
-        here, there = {"steps": arm.s.steps, **arm.settings}, {"steps": line["step"], **line["settings"]}
+        here = {"steps": arm.s.steps, **settings_of(arm.s, arm.script)}
+        there = {"steps": line["step"], **line["settings"]}
         odd = [f"{okd_train.flag(k)} {there[k]}, not {here[k]}" for k in sorted(here.keys() & there.keys())
                if here[k] != there[k]]
         scores = self.judge(arm.s, arm.script).scores
-        first = next((of for (name, _), of in self.results.items() if name == arm.name), line)
+        alike = [of for (name, _), of in self.results.items()
+                 if reading_of(self.arms[name].s, self.arms[name].script) == reading_of(arm.s, arm.script)]
+        first = alike[0] if alike else line
         if line["photos"] != {**first["photos"], "test": scores.of} or line["score"] != scores.name:
             odd.append("other photos or features")
         if odd:
@@ -181,8 +194,7 @@ class Study:
         finally:
             self.free.put(device)
         with self.lock:                                             # one at a time: they share a network
-            result = {"arm": name, "seed": seed, "step": arm.s.steps, "settings": arm.settings,
-                      **score_run(out, self.judge(arm.s, arm.script)),
+            result = {"arm": name, "seed": seed, **score_run(out, self.judge(arm.s, arm.script)),
                       "seconds": round(time.monotonic() - begin), "device": okd_train.describe(self.device)}
             self.check(result)
             self.results[name, seed] = result
@@ -196,12 +208,14 @@ class Study:
         """okd_train.py on one run, in a process of its own."""
         wait_for_orphan(out)
         kept, argv = self.out / "val_features.npz", self.command(arm, seed, out, device)
-        if (out / "checkpoint.pt").exists():
+        if any((out / file).exists() for file in ("checkpoint.pt", "G1.pt")):
             argv.append("--resume")
             steps = okd_train.read_args(out)["steps"]
             if steps != arm.s.steps:                                # its checkpoints would be at other steps
                 raise okd_train.UserError(f"{out} was begun with --steps {steps}, not {arm.s.steps}: name another "
                                           "folder with --out")
+            if not (out / "checkpoint.pt").exists():                # it was finished, and its line is gone
+                return
         else:                                                       # new, or killed before its first checkpoint
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
@@ -277,7 +291,7 @@ class Judge:
         self.data, self.device = okd_train.Data(images, y, classes, s, device), device
         try:
             self.scores = okd_train.Scores(s, self.data, device)
-            self.real, _ = self.scores.real(cache)
+            self.real, self.floor = self.scores.real(cache)
             self.classifier = labels.classifier(self.real, y.numpy()) if classes else None
         except (okd_train.UserError, fid.FidError) as e:
             words = str(e).replace("--fid-every: ", "").replace("--fid-features", "--features")
@@ -322,23 +336,32 @@ def score_run(out, judge):
     log = okd_train.read_lines(out / "log.jsonl")
     near = [group["c_w"] for line in log[-max(1, len(log) // 4):] for group in line["groups"] if "c_w" in group]
     if near:
-        mean["c_w"] = float(np.mean(near))
+        mean |= {"apart": apart([features for _, features, _ in fakes.values()]), "c_w": float(np.mean(near))}
     with np.load(out / "real_features.npz", allow_pickle=False) as f:
         photos = {"train": saved["data_digest"], "val": str(f["of"]), "test": judge.scores.of}
     keys = ["step", "mean", "union", *(f"G{i}" for i in files)]
-    return {"score": judge.scores.name, "photos": photos, "versions": saved.get("versions"),
+    return {"step": s.steps, "settings": settings_of(s, script), "score": judge.scores.name, "photos": photos,
+            "versions": saved.get("versions"), "git": saved.get("git"),
             "validation": [{k: line[k] for k in keys} for line in okd_train.score_lines(out, s.groups)],
             "chosen": {"best": best, **{f"G{i}": okd_train.load_file(path)["step"] for i, path in files.items()}},
             "groups": list(each.values()), "mean": mean, "best": each[best],
             "union": judge.marks(*map(np.concatenate, zip(*parts)))}
 
 
+def apart(features):
+    """Mean KID between two groups, from the features (n, d) of each: images of other z, half of each group's."""
+    half = TEST_FAKES // 2
+    pairs = itertools.permutations(features, 2)
+    return float(np.mean([fid.kernel_distance(one[:half], other[half:])[0] for one, other in pairs]))
+
+
 # ---------------------------------------------------------------------------------------------- statistics
 def paired(a, b):
     """Scores a, b (n,) of two arms on the same n >= 2 seeds -> their difference a - b, as shares of the mean of b.
 
-    {"n", "difference", "low", "high", "detectable"}: the 95 % interval of a paired t-test, and the least true
-    difference that such a test on n seeds with this spread would show in four studies out of five.
+    {"n", "difference", "low", "high", "detectable", "lower"}: the 95 % interval of a paired t-test, the least true
+    difference that such a test on n seeds with this spread would show in four studies out of five, and on how many
+    seeds a is below b.
     """
     from scipy import optimize, stats
     a, b = np.asarray(a, float), np.asarray(b, float)
@@ -347,17 +370,19 @@ def paired(a, b):
     shift = optimize.brentq(lambda shift: stats.nct.sf(edge, n - 1, shift) - 0.8, edge / 2, 2 * edge + 4)
     share = lambda v: float(v / unit) if unit else math.nan
     return {"n": n, "difference": share(difference), "low": share(difference - edge * error),
-            "high": share(difference + edge * error), "detectable": share(shift * error)}
+            "high": share(difference + edge * error), "detectable": share(shift * error), "lower": int((a < b).sum())}
 
 
-def verdict(p, better):
-    """What a comparison by paired() shows, in plain words; better: "lower" or "higher"."""
+def verdict(p, better, asked=True):
+    """What a comparison by paired() shows, in plain words. better: "lower" or "higher"; asked: it is a question of the
+    study, not one of many further comparisons."""
     up, down = p["low"] > 0, p["high"] < 0
+    found = (f"at n = {p['n']}: {100 * p['difference']:+.1f} % (95 % interval {100 * p['low']:+.1f} to "
+             f"{100 * p['high']:+.1f} %), lower on {p['lower']} seeds")
     if up or down:
-        return (f"shown {'better' if down == (better == 'lower') else 'worse'} at n = {p['n']}: "
-                f"{100 * p['difference']:+.1f} % (95 % interval {100 * p['low']:+.1f} to {100 * p['high']:+.1f} %)")
+        return f"{'shown' if asked else 'points to'} {'better' if down == (better == 'lower') else 'worse'} {found}"
     least = float(f"{100 * p['detectable']:.2g}")                   # two digits, no power of ten
-    return f"not told apart at n = {p['n']}: differences under {least:g} % would not be seen"
+    return f"not told apart {found}; differences under {least:g} % would not be seen"
 
 
 def values(results, arm, measure, score):
@@ -397,9 +422,10 @@ def papers_rows(study):
 
 
 def pairs(arms):
-    """Which arm is compared with which: each with the groups alone, and with one group at the ring's arithmetic."""
-    return [(arm, "alone") for arm in arms if arm not in ("alone", "single")] + [
-        (arm, "single") for arm in arms if arm != "single"]
+    """Which arm is compared with which; a further one with the arm that it is named after, and with alone."""
+    further = [(arm, other) for arm in arms if arm not in ARMS
+               for other in dict.fromkeys((arm.partition(":")[0], "alone"))]
+    return [*QUESTIONS, ("alone", "single"), *further]
 
 
 def comparisons(study, scores):
@@ -410,7 +436,8 @@ def comparisons(study, scores):
             for measure in MEASURES if score == "distance" else MEASURES[:1]:
                 p = comparison(study.results, one, other, measure, score)
                 if p:
-                    rows.append((one, other, measure, score, p, verdict(p, BETTER[score])))
+                    asked = (one, other) in QUESTIONS and (measure, score) == ("mean", "distance")
+                    rows.append((one, other, measure, score, p, verdict(p, BETTER[score], asked)))
     return rows
 
 
@@ -428,10 +455,12 @@ def as_text(study):
 
 
 def findings(study):
-    """A sentence per comparison of the distance."""
+    """A sentence per comparison of the distance, after one that says what is missing."""
     said = [f"{one} against {other}, {measure}: {words}."
             for one, other, measure, _, _, words in comparisons(study, ["distance"])]
-    return said or ["One seed says nothing of a difference: two at least."]
+    left = sum(run not in study.results for run in study.runs)
+    first = [f"{left} of {len(study.runs)} runs are not finished: these may yet change."] if left and said else []
+    return first + said or ["One seed says nothing of a difference: two at least."]
 
 
 # ---------------------------------------------------------------------------------------------- the page
@@ -461,7 +490,9 @@ def write_page(study):
 
 def differences(study, names):
     about = ("Paired differences in % of the second arm's mean, with their 95 % interval, and the least difference "
-             "that so many seeds would show. The first line is the question: of twenty others one strays by chance.")
+             "that so many seeds would show. What is shown answers a question of the study; of the others one in "
+             "twenty strays by chance, so they only point to something. Several groups gain in best and union by their "
+             "number, whether in a ring or alone.")
     head = ("", "against", "measure", "score", "difference", "from", "to", "least", "in words")
     keys = "difference", "low", "high", "detectable"
     rows = [(one, other, measure, names[score], *(round(100 * p[k], 1) for k in keys), words)
@@ -472,10 +503,13 @@ def differences(study, names):
 def settings(study):
     arms = [(arm.name, " ".join(arm.argv), arm.s.steps, arm.work / 1e9, arm.work * arm.s.steps / 1e12)
             for arm in study.arms.values()]
-    made = [{"device": line["device"], **(line["versions"] or {})} for line in study.results.values()]
+    made = [{"device": line["device"], **(line["versions"] or {}), "git": line.get("git")}
+            for line in study.results.values()]
     made = {k: ", ".join(sorted({str(of.get(k)) for of in made})) for k in made[0]}
     seconds = np.median([line["seconds"] for line in study.results.values()])
+    floors = [f"{of.scores.name} {of.floor[0]:.4g} +- {of.floor[1]:.2g}" for of in study.judges.values()]
     said = {"finished": f"{len(study.results)} runs, {len(study.runs)} asked for",
+            "photos against as many others": ", ".join(floors),
             "a run took": okd_train.span(seconds), **study.parts, **made}
     return (report.table("Arms", ("", "flags", "steps", "GFLOP a step", "TFLOP a run"), arms)
             + report.table("The study", ("", ""), list(said.items())))
@@ -500,7 +534,8 @@ def dots(study, score, name):
     seeds = sorted(set().union(*found))
     y = np.array([[of.get(seed, math.nan) for of in found] for seed in seeds])      # (seeds, arms)
     at, width = np.arange(len(arms)), max(report.PANEL[0], sum(40 + 7 * len(arm) for arm in arms))
-    about = f"on test, mean over groups; {BETTER[score]} is better" if score in BETTER else "in training"
+    about = "in training" if score == "c_w" else "on test, mean over groups"
+    about += f"; {BETTER[score]} is better" if score in BETTER else ""
     limits = report.y_limits([(y, y.ravel())])
     plot = report.Plot(width, report.PANEL[1], name, about, (-0.6, len(arms) - 0.4), limits, arms)
     for row in y:
@@ -587,9 +622,11 @@ def make_arms(s, script, named, judge):
 def make_arm(text, script, shared, judge):
     """'ring:rho=0.1,flip' -> the Arm, with the operations of its step counted. UserError."""
     base, _, more = text.partition(":")
+    if base not in ARMS:
+        raise okd_train.UserError(f"arm {text}: it must begin with {', '.join(ARMS)}, and a colon")
     own = dict(item.partition("=")[::2] for item in filter(None, more.split(",")))
     words = [word for key, value in own.items() for word in [okd_train.flag(key), *([value] if value else [])]]
-    argv = ["--model", str(script.path), *shared, *ARMS.get(base, []), *words]
+    argv = ["--model", str(script.path), *shared, *ARMS[base], *words]
     try:
         s, script, given = okd_train.parse(argv)
         if given & (TAKEN | {"data", "out", "device"}):

@@ -118,15 +118,33 @@ def test_the_least_difference_is_found_four_times_out_of_five(n):
 
 
 def test_verdicts_in_plain_words():
-    lower = {"n": 10, "difference": -0.12, "low": -0.2, "high": -0.04, "detectable": 0.1}
+    lower = {"n": 10, "difference": -0.12, "low": -0.2, "high": -0.04, "detectable": 0.1, "lower": 9}
     higher = {**lower, "difference": 0.12, "low": 0.04, "high": 0.2}
-    assert compare.verdict(lower, "lower") == "shown better at n = 10: -12.0 % (95 % interval -20.0 to -4.0 %)"
+    words = "at n = 10: -12.0 % (95 % interval -20.0 to -4.0 %), lower on 9 seeds"
+    assert compare.verdict(lower, "lower") == f"shown better {words}"
+    assert compare.verdict(lower, "lower", asked=False) == f"points to better {words}"
     assert compare.verdict(higher, "higher").startswith("shown better at n = 10: +12.0 %")
     assert compare.verdict(lower, "higher").startswith("shown worse") and "worse" in compare.verdict(higher, "lower")
     even = {**lower, "high": 0.01, "detectable": 0.0612}
-    words = "not told apart at n = 10: differences under 6.1 % would not be seen"
-    assert compare.verdict(even, "lower") == compare.verdict(even, "higher") == words
+    words = words.replace("-4.0", "+1.0") + "; differences under 6.1 % would not be seen"
+    assert compare.verdict(even, "lower") == compare.verdict(even, "higher") == f"not told apart {words}"
     assert "under 120 %" in compare.verdict({**even, "detectable": 1.23}, "lower")
+
+
+def test_two_questions_are_asked():
+    """A further arm is compared with its own kind and with alone, and only points to something."""
+    r = np.random.default_rng(3)
+    study = type("Study", (), {"arms": dict.fromkeys([*compare.ARMS, "ring:rho=0.1", "alone:ch=8"]), "results": {}})
+    for k, arm in enumerate(study.arms):
+        for seed in range(5):
+            study.results[arm, seed] = {part: {"distance": 100 + k + 0.1 * r.standard_normal(), "kid": 5.0 - k}
+                                        for part in compare.MEASURES}
+    rows = compare.comparisons(study, ["distance", "kid"])
+    asked = {row[:4] for row in rows if row[5].startswith("shown better")}
+    assert asked == {("ring", other, "mean", "distance") for other in ("alone", "single")}
+    assert all("points to" in row[5] for row in rows if row[:4] not in asked)
+    further = {row[:2] for row in rows} - {("alone", "single"), *compare.QUESTIONS}
+    assert further == {("ring:rho=0.1", "ring"), ("ring:rho=0.1", "alone"), ("alone:ch=8", "alone")}
 
 
 def test_seeds_are_the_pairs():
@@ -134,7 +152,7 @@ def test_seeds_are_the_pairs():
     found = {("ring", k): line(10 * k + 9) for k in (1, 2, 3, 4)}
     found.update({("alone", k): line(10 * k + 10) for k in (4, 3, 2, 5)})
     p = compare.comparison(found, "ring", "alone", "mean", "distance")
-    assert p["n"] == 3 and p["difference"] == p["low"] == p["high"] == -1 / 40
+    assert p["n"] == p["lower"] == 3 and p["difference"] == p["low"] == p["high"] == -1 / 40
     assert compare.comparison(found, "ring", "single", "mean", "distance") is None
 
 
@@ -156,7 +174,7 @@ def test_steps_of_equal_arithmetic_are_counted(place, study):
     s, script, named, seeds = compare.arguments(command(place, study))
     judge = lambda s, script: type("Judge", (), {"data": okd_train.Data(*okd_train.load_folder(
         place / "photos/test", 32, script.conditional, False, print), s, torch.device("cpu"))})
-    s.arms = ["single:batch_size=2", "single:steps=7", "wide:ch=8"]
+    s.arms = ["single:batch_size=2", "single:steps=7", "ring:ch=8"]
     arms = {arm.name: arm for arm in compare.make_arms(s, script, named, judge)}
     counts = {}
     for name, arm in arms.items():
@@ -169,9 +187,9 @@ def test_steps_of_equal_arithmetic_are_counted(place, study):
         assert arm.work == pytest.approx(count.flops, rel=1e-3)
     for name in ("single", "single:batch_size=2"):
         assert arms[name].s.steps == round(4 * counts["ring"] / counts[name])
-    assert arms["single:steps=7"].s.steps == 7 and arms["wide:ch=8"].s.steps == 4
+    assert arms["single:steps=7"].s.steps == 7 and arms["ring:ch=8"].s.steps == 4
     assert arms["single"].s.steps == results(study)["single", 0]["step"] > 15
-    assert arms["wide:ch=8"].s.ch == 8 and arms["wide:ch=8"].s.rho == 0.5 and arms["alone"].s.rho == 0
+    assert arms["ring:ch=8"].s.ch == 8 and arms["ring:ch=8"].s.rho == 0.5 and arms["alone"].s.rho == 0
 
 
 def test_what_a_study_leaves(study, capsys, place):
@@ -189,12 +207,14 @@ def test_what_a_study_leaves(study, capsys, place):
         assert list(line["best"]) == list(line["union"]) == scores and line["score"] == "FD (blocks)"
         for score in scores:
             assert line["mean"][score] == pytest.approx(np.mean([of[score] for of in line["groups"]]))
-        assert ("c_w" in line["mean"]) == (arm != "single") and 0 <= line["best"]["labels"] <= 1
+        assert ("c_w" in line["mean"]) == ("apart" in line["mean"]) == (arm != "single")
+        assert 0 <= line["best"]["labels"] <= 1
         assert line["mean"] == line["best"] == line["union"] or arm != "single"
         folder = study / f"runs/{arm}-seed{seed}"
         assert not (folder / "checkpoint.pt").exists() and "photos/test" not in (folder / "args.json").read_text()
     page = (study / "study.html").read_text()
     assert "ring against alone, mean: " in page and "TFLOP" in page and "178.92" in page and "data:image/png" in page
+    assert "photos against as many others" in page and "FD (blocks)" in page
     assert Image.open(study / "study.png").width > 800
     before = {path: path.stat().st_mtime_ns for path in study.rglob("*.pt")}
     compare.main(command(place, study))                             # given again: the tables, and nothing is trained
@@ -219,6 +239,8 @@ def test_scores_are_those_of_the_generators_files(place, study):
     union = np.concatenate([f[100 * k:100 * k + 100] for k, f in enumerate(features)])
     assert line["union"]["distance"] == pytest.approx(fid.frechet_distance(real, union), rel=1e-5)
     assert line["union"]["kid"] == pytest.approx(fid.kernel_distance(real, union)[0], rel=1e-3)
+    apart = [fid.kernel_distance(features[i][:150], features[j][150:])[0] for i in range(3) for j in range(3) if i != j]
+    assert line["mean"]["apart"] == pytest.approx(np.mean(apart), rel=1e-3)
 
 
 def test_a_trap_in_the_test_part_changes_no_choice(place, study, tmp_path):
@@ -296,6 +318,31 @@ def test_lines_of_two_machines_are_one_study(place, study, tmp_path, capsys):
                         (["--features", str(tmp_path / "other.py")], "other photos or features"),
                         (swapped, "other photos or features")):
         assert words in refused(capsys, [*argv, *more])
+    line = json.loads(lines[0])
+    line.update(arm="ring:rho=0.1", settings={**line["settings"], "rho": 0.1})
+    photos = {**line["photos"], "val": "others"}                    # a further arm is a pair of the first ones
+    (out / "results.jsonl").write_text("".join(lines) + json.dumps({**line, "photos": photos}) + "\n")
+    assert "ring:rho=0.1, seed 0, was made with other photos" in refused(capsys, [*argv, "--arms", "ring:rho=0.1"])
+
+
+def test_runs_whose_lines_are_gone_are_scored_anew(place, study, tmp_path, capsys, monkeypatch):
+    """They are not trained again, and what they were made with is read from the runs themselves."""
+    out = tmp_path / "study"
+    shutil.copytree(study, out)
+    whole = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(whole[1:-1]))
+    args = out / "runs/ring-seed0/args.json"
+    args.write_text(args.read_text().replace('"flip": false', '"flip": true'))
+    monkeypatch.setattr(subprocess, "Popen", None)
+    words = refused(capsys, command(place, out))
+    assert "1 runs failed" in words and "ring, seed 0, was made with --flip True, not False" in words
+    page = (out / "study.html").read_text()
+    assert "1 of 6 runs are not finished: these may yet change." in page and "not finished" not in (
+        study / "study.html").read_text()
+    found, before = results(out), results(study)
+    assert {**found["single", 1], "seconds": 0} == {**before["single", 1], "seconds": 0} and len(found) == 5
+    (out / "results.jsonl").unlink()
+    assert "begun with --steps 4, not 3" in refused(capsys, command(place, out, "--steps", "3", "--seeds", "1-1"))
 
 
 def test_a_run_that_fails_holds_up_no_other(place, tmp_path, capsys, monkeypatch):
@@ -364,8 +411,9 @@ def test_parts_are_found_beside_one_another(place, tmp_path):
     (["--features", "none"], "--features"), (["--features", "gone.py"], "gone.py: no such file"),
     (["--test", "nowhere"], "no such folder"), (["--arms", "ring:beta7=1"], "arm ring:beta7=1: "),
     (["--arms", "ring:rho=x"], "arm ring:rho=x: "), (["--arms", "ring:seed=3"], "the same for all arms"),
-    (["--model", "sagan", "--arms", "odd:loss=no"], "arm odd:loss=no: "),
-    (["--model", "sagan", "--arms", "odd:loss=no"], "loss is 'no'; it is wgan-gp"),
+    (["--arms", "odd:ch=8"], "arm odd:ch=8: it must begin with ring, alone, single"),
+    (["--model", "sagan", "--arms", "ring:loss=no"], "arm ring:loss=no: "),
+    (["--model", "sagan", "--arms", "ring:loss=no"], "loss is 'no'; it is wgan-gp"),
     (["--batch-size", "0"], "--batch-size"), (["--loss", "no"], "loss")])
 def test_mistakes(place, tmp_path, capsys, monkeypatch, more, words):
     monkeypatch.chdir(tmp_path)
@@ -387,6 +435,5 @@ def test_parts_that_are_missing_or_the_same(place, tmp_path, capsys, monkeypatch
     argv = ["--data", train, "--val", str(place / "photos/val"), "--test"]
     assert "takes three folders" in refused(capsys, [*argv, f"{train}/../train"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("RANK", "0")
     assert "one process" in refused(capsys, [*argv, train])
