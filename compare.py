@@ -11,8 +11,8 @@ For every seed it trains
     alone    the same N groups with rho 0: the same initial weights, z and order of the photos, so the seeds are pairs;
     single   one group, for as many steps as have the arithmetic of the whole ring, counted and printed.
 A further arm is NAME:SETTING=VALUE,...: the ring, alone or single with other settings, which is compared with the arm
-NAME and with alone. Every other flag of okd_train.py is for all arms: --model, --groups, --steps, --recipe, ...; with
-another --loss it is another study, in another folder.
+NAME and with alone. Other flags of okd_train.py are for all arms (--model, --groups, --steps, --recipe, ...), but for
+those that the study sets (--seed, --quick, --max-seconds, --fid-every, ...); another --loss is another study.
 
 Three parts of the photos that share none: --data is learnt from; by --val (or half of --test) four checkpoints of every
 group are scored, and the best step of each group and the best group are chosen; on --test these are measured, once.
