@@ -188,14 +188,14 @@ class Study:
 
     def one(self, name, seed):
         """A run from its first step, or where it stopped, to its line in results.jsonl."""
-        arm, out, device, begin = self.arms[name], self.folder(name, seed), self.free.get(), time.monotonic()
+        arm, out, device = self.arms[name], self.folder(name, seed), self.free.get()
         try:
             self.train(arm, seed, out, device)
         finally:
             self.free.put(device)
         with self.lock:                                             # one at a time: they share a network
             result = {"arm": name, "seed": seed, **score_run(out, self.judge(arm.s, arm.script)),
-                      "seconds": round(time.monotonic() - begin), "device": okd_train.describe(self.device)}
+                      "device": okd_train.describe(self.device)}
             self.check(result)
             self.results[name, seed] = result
             write_results(self.out / "results.jsonl", self.results)
@@ -341,7 +341,7 @@ def score_run(out, judge):
         photos = {"train": saved["data_digest"], "val": str(f["of"]), "test": judge.scores.of}
     keys = ["step", "mean", "union", *(f"G{i}" for i in files)]
     return {"step": s.steps, "settings": settings_of(s, script), "score": judge.scores.name, "photos": photos,
-            "versions": saved.get("versions"), "git": saved.get("git"),
+            "seconds": round(log[-1]["seconds"]), "versions": saved.get("versions"), "git": saved.get("git"),
             "validation": [{k: line[k] for k in keys} for line in okd_train.score_lines(out, s.groups)],
             "chosen": {"best": best, **{f"G{i}": okd_train.load_file(path)["step"] for i, path in files.items()}},
             "groups": list(each.values()), "mean": mean, "best": each[best],
@@ -491,8 +491,8 @@ def write_page(study):
 def differences(study, names):
     about = ("Paired differences in % of the second arm's mean, with their 95 % interval, and the least difference "
              "that so many seeds would show. What is shown answers a question of the study; of the others one in "
-             "twenty strays by chance, so they only point to something. Several groups gain in best and union by their "
-             "number, whether in a ring or alone.")
+             "twenty strays by chance, so they only point to something. Best and union can gain by the number of "
+             "groups alone, in a ring or not.")
     head = ("", "against", "measure", "score", "difference", "from", "to", "least", "in words")
     keys = "difference", "low", "high", "detectable"
     rows = [(one, other, measure, names[score], *(round(100 * p[k], 1) for k in keys), words)
@@ -510,7 +510,7 @@ def settings(study):
     floors = [f"{of.scores.name} {of.floor[0]:.4g} +- {of.floor[1]:.2g}" for of in study.judges.values()]
     said = {"finished": f"{len(study.results)} runs, {len(study.runs)} asked for",
             "photos against as many others": ", ".join(floors),
-            "a run took": okd_train.span(seconds), **study.parts, **made}
+            "a run trained for": okd_train.span(seconds), **study.parts, **made}
     return (report.table("Arms", ("", "flags", "steps", "GFLOP a step", "TFLOP a run"), arms)
             + report.table("The study", ("", ""), list(said.items())))
 

@@ -137,9 +137,11 @@ def test_two_questions_are_asked():
     study = type("Study", (), {"arms": dict.fromkeys([*compare.ARMS, "ring:rho=0.1", "alone:ch=8"]), "results": {}})
     for k, arm in enumerate(study.arms):
         for seed in range(5):
-            study.results[arm, seed] = {part: {"distance": 100 + k + 0.1 * r.standard_normal(), "kid": 5.0 - k}
+            study.results[arm, seed] = {part: {"distance": 100 + k + 0.1 * r.standard_normal(), "kid": 5.0 - k,
+                                               "variety": 1.0 + k}
                                         for part in compare.MEASURES}
-    rows = compare.comparisons(study, ["distance", "kid"])
+    rows = compare.comparisons(study, ["distance", "kid", "variety"])
+    assert {row[3] for row in rows} == {"distance", "kid"}          # more variety than the photos' is not better
     asked = {row[:4] for row in rows if row[5].startswith("shown better")}
     assert asked == {("ring", other, "mean", "distance") for other in ("alone", "single")}
     assert all("points to" in row[5] for row in rows if row[:4] not in asked)
@@ -212,6 +214,8 @@ def test_what_a_study_leaves(study, capsys, place):
         assert line["mean"] == line["best"] == line["union"] or arm != "single"
         folder = study / f"runs/{arm}-seed{seed}"
         assert not (folder / "checkpoint.pt").exists() and "photos/test" not in (folder / "args.json").read_text()
+        assert line["git"] == okd_train.git_revision() and line["seconds"] == round(
+            okd_train.read_lines(folder / "log.jsonl")[-1]["seconds"])
     page = (study / "study.html").read_text()
     assert "ring against alone, mean: " in page and "TFLOP" in page and "178.92" in page and "data:image/png" in page
     assert "photos against as many others" in page and "FD (blocks)" in page
@@ -343,6 +347,16 @@ def test_runs_whose_lines_are_gone_are_scored_anew(place, study, tmp_path, capsy
     assert {**found["single", 1], "seconds": 0} == {**before["single", 1], "seconds": 0} and len(found) == 5
     (out / "results.jsonl").unlink()
     assert "begun with --steps 4, not 3" in refused(capsys, command(place, out, "--steps", "3", "--seeds", "1-1"))
+
+
+def test_photos_that_are_read_otherwise_are_another_test(place, tmp_path):
+    parts = {part: str(place / "photos" / part) for part in ("train", "val", "test")}
+    study = compare.Study(tmp_path, parts, str(place / "blocks.py"), ["cpu"])
+    judges = []
+    for more in ([], ["--upright"], ["--range", "0", "255"], ["--image-size", "64"], ["--batch-size", "3"]):
+        s, script, _ = okd_train.parse(["--model", "sagan", "--image-size", "32", *more])
+        judges.append(study.judge(s, script))
+    assert len(set(map(id, judges))) == 4 and judges[0] is judges[4]
 
 
 def test_a_run_that_fails_holds_up_no_other(place, tmp_path, capsys, monkeypatch):
