@@ -158,7 +158,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         o = self_attention(*self.project(x))                        # (B, C, H*W)
-        return self.gamma * o.view_as(x) + x
+        return x + self.gamma * o.view_as(x)                        # x first: the sum takes its memory layout
 
     def project(self, x):
         """x (B, C, H, W) -> q, k (B, C // 8, H*W), v (B, C, H*W)."""
