@@ -5,8 +5,8 @@
 
 TEST holds the class folders of --data with other photos. Every flag of okd_train.py is taken. Prints a line per group:
 steps, FD, KID x 1000, coverage, the variety (see okd_train.py --help) of the class that has least, and with classes the
-share of labels that hold and of photos that are named right after training on the fakes. FAKES fakes, as many photos,
-classes in turn; loading and scoring are not counted as time.
+share of labels that hold, beside that of the photos of TEST, and of photos that are named right after training on the
+fakes. FAKES fakes, as many photos, classes in turn; loading and scoring are not counted as time.
 """
 import argparse
 import json
@@ -56,7 +56,8 @@ def scores(trainer, g, model, train, test):
                "least variety": np.nanmin(np.array(okd_train.variety(trainer, g)["pixels"], float))}
     if trainer.script.conditional:
         y = np.concatenate([x[1] for x in inputs])
-        numbers["labels"] = labels.classifier(*train).shares(f, y).mean()
+        judge = labels.classifier(*train)
+        numbers["labels"], numbers["photos"] = judge.shares(f, y).mean(), judge.shares(*test).mean()
         numbers["trained on fakes"] = labels.classifier(f, y).shares(*test).mean()
     return {k: round(float(v), 4) for k, v in numbers.items()}
 

