@@ -49,7 +49,7 @@ hparams = dict(
 # For a few thousand photos and little time; what each part is worth stands in tests/README.md.
 recipes = dict(
     small=dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4, flip=True, flip_vertical=True,
-               class_loss="adc", up="nearest", class_gain=True, noise_from=64),
+               balance=True, class_loss="adc", up="nearest", class_gain=True, noise_from=64),
 )
 channels_last = True            # the trainer may keep weights and images in this layout: no layer looks at memory
 autocast = True                 # the losses may run under autocast (--precision bf16); the penalty leaves it

@@ -662,11 +662,12 @@ class Script:
         self.must(plain, ": recipes must be a dict of dicts: {name: {hparam: value}}")
         checked = {}
         for name, recipe in recipes.items():
-            flips = recipe.keys() & {"flip", "flip_vertical"}
-            strange = recipe.keys() - self.hparams.keys() - flips
+            switches = recipe.keys() & {"flip", "flip_vertical", "balance"}
+            strange = recipe.keys() - self.hparams.keys() - switches
             self.must(not strange, f": recipes[{name!r}] sets {', '.join(map(str, strange))}, no key of hparams")
-            self.must(all(recipe[k] in (True, False) for k in flips), f": recipes[{name!r}]: a flip is True or False")
-            rest = {k: v for k, v in recipe.items() if k not in flips}
+            plain = all(recipe[k] in (True, False) for k in switches)
+            self.must(plain, f": recipes[{name!r}]: {', '.join(sorted(switches))}: True or False")
+            rest = {k: v for k, v in recipe.items() if k not in switches}
             whole = self.checked({**own, **rest}, f"recipes[{name!r}]")
             checked[name] = {k: whole.get(k, recipe[k]) for k in recipe}
         return checked
@@ -792,23 +793,38 @@ class Data:
         whole.update(labels.numpy())
         self.digest = whole.hexdigest()
         self.s, self.orders = s, {}
+        own = [torch.nonzero(labels == c)[:, 0] for c in range(len(classes))] if s.balance else []
+        own = [indices for indices in own if len(indices)]          # a class may have nothing but unreadable files
+        self.of_class = own if len(set(map(len, own))) > 1 else []
+        self.shown = len(own) * max(map(len, own)) if self.of_class else len(images)            # images in an epoch
 
     def batch(self, idx, flip=None, upend=None):
         """idx (B,) -> float images (B, 3, H, W) in [-1, 1]; flip, upend (B, 1, 1, 1) of uniforms, or None."""
         return augment(self.images[idx].float().div_(127.5).sub_(1), flip, upend)
 
     def indices(self, batch, group):
-        """Indices (B,) of a group's batch number `batch`: without replacement through a new permutation every epoch."""
-        n, size = len(self.images), self.s.batch_size
+        """Indices (B,) of a group's batch number `batch`: one epoch after the other, each in an order of its own."""
+        size = self.s.batch_size
         places = np.arange(batch * size, (batch + 1) * size)
-        epochs = range(places[0] // n, places[-1] // n + 1)
-        return torch.cat([self.order(e, group)[torch.from_numpy(places[places // n == e] % n)] for e in epochs])
+        epochs = range(places[0] // self.shown, places[-1] // self.shown + 1)
+        return torch.cat([self.order(e, group)[torch.from_numpy(places[places // self.shown == e] % self.shown)]
+                          for e in epochs])
 
     def order(self, epoch, group):
         if (group, epoch) not in self.orders:
             self.orders = {k: v for k, v in self.orders.items() if k[0] != group or k[1] == epoch - 1}
-            self.orders[group, epoch] = draw(self.s.seed, epoch, group, "order", "permutation", len(self.images))
+            self.orders[group, epoch] = self.drawn_order(epoch, group)
         return self.orders[group, epoch]
+
+    def drawn_order(self, epoch, group):
+        """Every image once; with --balance every class as often as the largest, so images of small ones repeatedly."""
+        seed, whole = self.s.seed, torch.arange(len(self.images))
+        if self.of_class:
+            mixed = [own[draw(seed, epoch, group, f"order of class {c}", "permutation", len(own))]
+                     for c, own in enumerate(self.of_class)]
+            most = max(map(len, mixed))
+            whole = torch.cat([own[torch.arange(most) % len(own)] for own in mixed])
+        return whole[draw(seed, epoch, group, "order", "permutation", len(whole))]
 
 
 def augment(x, flip, upend):
@@ -1972,6 +1988,9 @@ def trainer_flags(p):
         help="mirror real images left to right at random (default no)")
     add("--flip-vertical", action=argparse.BooleanOptionalAction, default=False,
         help="and top to bottom: for surfaces, which have no up (default no)")
+    add("--balance", action=argparse.BooleanOptionalAction, default=False,
+        help="learn from every class equally often, as fakes of every class are made; for scripts with classes "
+             "(default no)")
     add("--skip-bad", action="store_true", help="leave unreadable images out and say how many")
     add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="the numbers that are black and white in images of 16 bits, 32 bits or floats (default: the least usual "
@@ -2483,7 +2502,8 @@ def announcement(trainer, named, changed, precision):
         text += f" Resumed at step {trainer.step_count}."
     without_ring = {"rho", "c_lr", "c_penalty", "c_aux"} if s.groups == 1 else set()
     without_scores = {"fid_samples", "fid_data", "fid_features"} if not s.fid_every else set()
-    for idle, why in ((without_ring, "one group has no connector"),
+    without_classes = {"balance"} if not data.classes else set()
+    for idle, why in ((without_ring, "one group has no connector"), (without_classes, f"{script.name} has no classes"),
                       (without_scores, "scores are made with --fid-every K only")):
         if idle & named:
             text += f" Note: {', '.join(map(flag, sorted(idle & named)))} without effect, {why}."

@@ -25,6 +25,7 @@ import labels
 import okd_train
 import report
 import sagan
+from conftest import noise
 from kernels.convolution import fast_second_derivative
 
 TINY = ["--image-size", "32", "--ch", "4", "--batch-size", "4", "--z-dim", "8"]
@@ -120,6 +121,38 @@ def test_every_image_once_an_epoch_in_an_order_of_its_own_per_group():
     assert seen[:22].tolist() != seen[22:].tolist()
     assert seen[:22].tolist() != torch.cat([t.data.indices(k, 2) for k in range(6)])[:22].tolist()
     assert torch.equal(t.data.indices(3, 1), seen[12:16])           # whatever was asked for before
+
+
+def test_balance_shows_every_class_as_often_as_the_largest():
+    t = setup("--model", "acgan", "--groups", "2", "--balance", *TINY, size=23)
+    s, images = t.s, t.data.images
+    y = torch.tensor([0] * 3 + [1] * 13 + [2] * 7)                  # 13 of each in an epoch of 39, 9.75 batches
+    data = okd_train.Data(images, y, ["Crack", "Rust", "Spall"], s, torch.device("cpu"))
+    seen = torch.cat([data.indices(k, 1) for k in range(39)]).view(4, 39)
+    for epoch in seen:
+        times = epoch.bincount(minlength=23)
+        assert [times[y == c].sum() for c in range(3)] == [13, 13, 13]
+        assert times[:3].sort()[0].tolist() == [4, 4, 5] and times[3:16].eq(1).all() and times[16:].max() == 2
+    assert len({tuple(epoch.bincount().tolist()) for epoch in seen}) > 1            # not always the same ones twice
+    assert seen[0].tolist() != torch.cat([data.indices(k, 2) for k in range(10)])[:39].tolist()
+    even = torch.tensor([0, 1] * 10 + [2, 2, 2])
+    for labels, names in ((even % 2, ["Crack", "Rust"]), (even, ["Crack", "Rust"])):
+        settings = (SimpleNamespace(**{**vars(s), "balance": on}) for on in (False, True))
+        plain, balanced = (okd_train.Data(images[:20], labels[:20], names, of, torch.device("cpu")) for of in settings)
+        assert torch.equal(plain.indices(5, 1), balanced.indices(5, 1))             # equal already: nothing changes
+    lacking = okd_train.Data(images, y.clamp(max=1), ["Crack", "Rust", "Spall"], s, torch.device("cpu"))
+    assert lacking.shown == 40 and lacking.indices(9, 1).max() < 23
+
+
+def test_balance_is_of_the_run_and_says_where_it_does_nothing(tmp_path, capsys):
+    noise(tmp_path / "photos", ("Crack", "Rust"), 4)
+    (tmp_path / "photos/Rust/0.png").unlink()
+    argv = ["--data", str(tmp_path / "photos"), "--groups", "1", "--steps", "1", "--balance", *TINY]
+    okd_train.main([*argv, "--model", "acgan", "--out", str(tmp_path / "a")])
+    assert "without effect" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "a/args.json").read_text())["settings"]["balance"] is True
+    okd_train.main([*argv, "--model", "sagan", "--out", str(tmp_path / "b")])
+    assert "--balance without effect, sagan has no classes" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------- mathematics of the step
