@@ -665,8 +665,9 @@ class Script:
             switches = recipe.keys() & {"flip", "flip_vertical", "balance"}
             strange = recipe.keys() - self.hparams.keys() - switches
             self.must(not strange, f": recipes[{name!r}] sets {', '.join(map(str, strange))}, no key of hparams")
-            plain = all(recipe[k] in (True, False) for k in switches)
-            self.must(plain, f": recipes[{name!r}]: {', '.join(sorted(switches))}: True or False")
+            for k in switches:
+                entry = f": recipes[{name!r}]: {k} is {recipe[k]!r}; "
+                self.must(recipe[k] in (True, False), entry + "it must be True or False")
             rest = {k: v for k, v in recipe.items() if k not in switches}
             whole = self.checked({**own, **rest}, f"recipes[{name!r}]")
             checked[name] = {k: whole.get(k, recipe[k]) for k in recipe}
