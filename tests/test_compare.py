@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -156,6 +158,23 @@ def test_seeds_are_the_pairs():
     p = compare.comparison(found, "ring", "alone", "mean", "distance")
     assert p["n"] == p["lower"] == 3 and p["difference"] == p["low"] == p["high"] == -1 / 40
     assert compare.comparison(found, "ring", "single", "mean", "distance") is None
+
+
+def test_published_tables_are_those_of_the_results(root):
+    """The rows of tests/README.md on a study, and its answers to the two questions, come out of tests/results/."""
+    page, files = " ".join((root / "tests/README.md").read_text().split()), sorted(root.glob("tests/results/*.jsonl"))
+    assert files
+    for file in files:
+        lines = okd_train.read_lines(file)
+        results = {(line["arm"], line["seed"]): line for line in lines}
+        assert len(results) == len(lines) and f"`{file.relative_to(root)}`" in page
+        found = SimpleNamespace(arms=dict.fromkeys(arm for arm, _ in results), results=results, runs=list(results))
+        for row in compare.rows_of_arms(found, "distance"):
+            further = [compare.mean_and_deviation(list(compare.values(results, row[0], "mean", score).values()))
+                       for score in ("kid", "coverage", "variety", "apart")]
+            assert " ".join(f"| {' | '.join(map(str, [*row, *further]))} |".split()) in page, file
+        answers = [line for line in compare.findings(found) if re.match("ring against (alone|single), mean: ", line)]
+        assert len(answers) == 2 and all(answer in page for answer in answers), answers
 
 
 # ---------------------------------------------------------------------------------------------- a whole study
