@@ -2240,7 +2240,7 @@ def train(s, script, named, changed, lock):
     data = shared_data(s, script, named, device, ranks, say)
     say_channels = settle_channels(s, script, named, changed, data)
     if s.epochs is not None:
-        s.steps = max(1, math.ceil(s.epochs * len(data.images) / (s.batch_size * s.n_critic)))
+        s.steps = max(1, math.ceil(s.epochs * data.shown / (s.batch_size * s.n_critic)))
     settings = {name: value for name, value in vars(s).items() if name not in ("out", "data", "device")}
     ranks.compare(settings=json.dumps(settings, sort_keys=True, default=str), data=data.digest,
                   code=digest(Path(__file__)) + digest(script.path))

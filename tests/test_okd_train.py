@@ -146,11 +146,14 @@ def test_balance_shows_every_class_as_often_as_the_largest():
 
 def test_balance_is_of_the_run_and_says_where_it_does_nothing(tmp_path, capsys):
     noise(tmp_path / "photos", ("Crack", "Rust"), 4)
-    (tmp_path / "photos/Rust/0.png").unlink()
-    argv = ["--data", str(tmp_path / "photos"), "--groups", "1", "--steps", "1", "--balance", *TINY]
+    for k in (0, 1):
+        (tmp_path / f"photos/Rust/{k}.png").unlink()
+    argv = ["--data", str(tmp_path / "photos"), "--groups", "1", "--epochs", "1", "--balance", *TINY]
+    argv += ["--batch-size", "2"]
     okd_train.main([*argv, "--model", "acgan", "--out", str(tmp_path / "a")])
     assert "without effect" not in capsys.readouterr().out
-    assert json.loads((tmp_path / "a/args.json").read_text())["settings"]["balance"] is True
+    settings = json.loads((tmp_path / "a/args.json").read_text())["settings"]
+    assert settings["balance"] is True and settings["steps"] == 4   # four of each class, not the six that there are
     okd_train.main([*argv, "--model", "sagan", "--out", str(tmp_path / "b")])
     assert "--balance without effect, sagan has no classes" in capsys.readouterr().out
 

@@ -53,8 +53,9 @@ def test_spectral_norm_placement(placement, g, d):
 
 
 def test_spectral_norm_reaches_largest_singular_value_one():
+    torch.manual_seed(0)
     net = sagan.Discriminator(image_size=32, ch=8)
-    for _ in range(50):
+    for _ in range(500):                                            # fifty are too few where the two largest are close
         net(torch.zeros(1, 3, 32, 32))
     layer = net.eval().net[0]
     assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
@@ -172,7 +173,7 @@ def test_attention_is_the_identity_at_first_and_has_no_scale():
 
 
 def test_attention_keeps_the_memory_layout():
-    """What follows would convert it, step by step: 3 % of a step at 64x64."""
+    """Otherwise all that follows converts it, in every step."""
     layer, x = sagan.SelfAttention(16), torch.randn(2, 16, 16, 16)
     for layout in (torch.channels_last, torch.contiguous_format):
         assert layer(x.contiguous(memory_format=layout)).is_contiguous(memory_format=layout)
