@@ -55,7 +55,10 @@ import torch
 from torch.autograd import Function
 
 # ---------------------------------------------------------------------------------------------- settings
-TRITON_FROM_N = 256     # "auto" takes Triton from here on: a guess, to be replaced by what bench_attention.py measures
+# From so many logits (B N N) on "auto" takes Triton, where tensor cores multiply: below, to launch it takes longer than
+# to run it (kernels/README.md). A program that replays its steps from CUDA graphs, which launch for next to nothing,
+# sets 0.
+TRITON_FROM = 2 ** 26
 MAX_CQ = 64             # wider queries would need a loop over Cq too
 # On the CPU: below 256 positions a matrix is so small that the calls cost more than the products. Without AVX-512 the
 # fused form's backward pass lost at every shape (kernels/README.md), so there it is never used.
@@ -67,9 +70,8 @@ BLOCK_BYTES = 16 << 20
 # Launch tables: kernel -> arithmetic -> (rows a program owns, positions per inner step, channels per step, warps,
 # stages); WIDE replaces a row where Cq > 32. Fixed, not tuned at run time: the same numbers on every run, no stall at
 # the first call, safe under CUDA graph capture. Chosen by compiling for sm_80 and sm_90 with Triton 3.6 and 3.9, and
-# held by tests/test_attention.py to at most 256 bytes of spills and SHARED_KIB of shared memory; no row has been timed
-# on a GPU yet. "half" is bf16 and fp16. "ieee" has no tensor cores: its products unroll into registers, hence the small
-# blocks.
+# held by tests/test_attention.py to at most 256 bytes of spills and SHARED_KIB of shared memory. "half" is bf16 and
+# fp16. "ieee" has no tensor cores: its products unroll into registers, hence the small blocks.
 COLUMNS = "tf32", "half", "ieee", "double"
 TABLE = {kernel: dict(zip(COLUMNS, row)) for kernel, row in {
     "small_forward":         ((0, 0, 64, 4, 1), (0, 0, 64, 4, 1), (0, 0, 32, 8, 1), (0, 0, 16, 8, 1)),
@@ -88,6 +90,17 @@ WIDE = {
     "tiled_double_g":        {"tf32": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
     "tiled_double_columns":  {"tf32": (32, 32, 32, 8, 1), "half": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1)},
 }
+# In tf32 on chips from Hopper on, the tiled ones where Cq <= 16: the quickest of some twenty rows a kernel on an H100,
+# at (8, 64, 4096), (16, 128, 256), (32, 256, 64) and (64, 512, 16).
+HOPPER = {
+    "small_backward":        (0, 0, 128, 4, 1),
+    "small_double_backward": (0, 0, 128, 4, 1),
+    "tiled_forward":         (128, 32, 128, 8, 3),
+    "tiled_rows":            (128, 32, 128, 8, 1),
+    "tiled_columns":         (64, 32, 128, 4, 1),
+    "tiled_double_q":        (64, 32, 128, 4, 1),
+    "tiled_double_g":        (128, 32, 64, 8, 3),
+}
 SHARED_KIB = 99         # what the smallest chips from Ampere on offer one program
 # Largest N, and largest N x Cq (both as padded powers of two), whose double backward the small family does without
 # spilling.
@@ -105,8 +118,8 @@ def self_attention(q, k, v, *, precision=None, impl="auto"):
             no synchronisation, may be captured in a CUDA graph after one call with the same shapes.
             Gradients, and gradients through gradients, of q, k, v and of o's own gradient; a third derivative raises.
           "eager": plain PyTorch with ordinary autograd, O(B N N) memory; any device, any order of derivative.
-          "auto": Triton on CUDA from N = 256 on (a guess until it is measured) where the chip has room for its
-            kernels, else eager.
+          "auto": Triton where it is quicker and the chip has room for its kernels: on CUDA in tf32, bfloat16 or
+            float16, from TRITON_FROM logits (B N N) on; else eager.
           While torch.compile traces, every impl is eager.
     precision: of the Triton kernels' products in float32: "ieee" (no tensor cores), "tf32", or None, which follows
           torch.get_float32_matmul_precision(). The other dtypes ignore it, and so does eager, which obeys torch's own
@@ -117,9 +130,7 @@ def self_attention(q, k, v, *, precision=None, impl="auto"):
     own dtype).
     """
     _check(q, k, v, precision, impl)
-    if impl == "auto" and not (q.is_cuda and q.shape[2] >= TRITON_FROM_N):
-        impl = "eager"
-    if not v.numel() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not v.numel() or impl == "auto" and not _pays(q, precision):
         impl = "eager"
     if impl != "eager":
         arith = _arithmetic(q, precision)
@@ -175,6 +186,12 @@ def _check(q, k, v, precision, impl):
         raise ValueError(f"self_attention: precision is 'ieee', 'tf32' or None, not {precision!r}")
     if impl not in ("auto", "triton", "eager"):
         raise ValueError(f"self_attention: impl is 'auto', 'triton' or 'eager', not {impl!r}")
+
+
+def _pays(q, precision):
+    """Whether Triton is quicker than eager for inputs like q."""
+    large = q.shape[0] * q.shape[2] ** 2 >= TRITON_FROM
+    return q.is_cuda and large and _arithmetic(q, precision) in ("tf32", "half")
 
 
 def _arithmetic(q, precision):
@@ -323,8 +340,9 @@ class Attention(Function):
     @staticmethod
     def forward(ctx, q, k, v, small, arith):
         B, Cq, N = q.shape
-        sizes = B, Cq, v.shape[1], N
-        o = _new(*v.shape, like=v)
+        last = v.stride(1) < v.stride(2)        # then all that is made lies in memory as v does, channels last
+        sizes = B, Cq, v.shape[1], N, last
+        o = _new(v, last)
         if small:
             _launch("small_forward", arith, (q, k, v, o, *_strides(q, k, v)), *sizes)
             ctx.save_for_backward(q, k, v)
@@ -333,7 +351,7 @@ class Attention(Function):
             top, inv = _row(q, arith), _row(q, arith)
             _launch("tiled_forward", arith, (q, k0, v, o, top, inv, *_strides(q, v)), *sizes)
             ctx.save_for_backward(q, k, v, o, k0, kp, top, inv)
-        ctx.arith = arith
+        ctx.arith, ctx.last = arith, last
         return o
 
     @staticmethod
@@ -341,18 +359,18 @@ class Attention(Function):
         q, k, v, *kept = ctx.saved_tensors
         if kept:
             kept[0] = kept[0].detach()      # o carries this node, which the engine would otherwise run once more
-        return *AttentionBackward.apply(q, k, v, g, ctx.arith, *kept), None, None
+        return *AttentionBackward.apply(q, k, v, g, ctx.arith, ctx.last, *kept), None, None
 
 
 class AttentionBackward(Function):
     """Second node: (q, k, v, g) -> (dq, dk, dv)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, arith, *kept):
+    def forward(ctx, q, k, v, g, arith, last, *kept):
         B, Cq, N = q.shape
-        sizes = B, Cq, v.shape[1], N
+        sizes = B, Cq, v.shape[1], N, last
         g = _small_offsets(g)
-        dq, dk, dv = _new(*q.shape, like=q), _new(*q.shape, like=q), _new(*v.shape, like=v)
+        dq, dk, dv = _new(q, last), _new(q, last), _new(v, last)
         if kept:
             o, k0, kp, top, inv = kept
             d = _row(q, arith)
@@ -363,24 +381,23 @@ class AttentionBackward(Function):
         else:
             _launch("small_backward", arith, (q, k, v, g, dq, dk, dv, *_strides(q, k, v, g)), *sizes)
             ctx.save_for_backward(q, k, v, g)
-        ctx.arith, ctx.extra = arith, 1 + len(kept)
+        ctx.arith, ctx.last, ctx.extra = arith, last, 2 + len(kept)
         return dq, dk, dv
 
     @staticmethod
     def backward(ctx, a, b, e):
-        return *AttentionDoubleBackward.apply(a, b, e, ctx.arith, *ctx.saved_tensors), *[None] * ctx.extra
+        return *AttentionDoubleBackward.apply(a, b, e, ctx.arith, ctx.last, *ctx.saved_tensors), *[None] * ctx.extra
 
 
 class AttentionDoubleBackward(Function):
     """Third node: gradients of (dq, dk, dv) -> gradients of (q, k, v, g). There is no fourth."""
 
     @staticmethod
-    def forward(ctx, a, b, e, arith, q, k, v, g, *kept):
+    def forward(ctx, a, b, e, arith, last, q, k, v, g, *kept):
         B, Cq, N = q.shape
-        sizes = B, Cq, v.shape[1], N
+        sizes = B, Cq, v.shape[1], N, last
         a, b, e = a.contiguous(), b.contiguous(), e.contiguous()
-        gq, gk = _new(*q.shape, like=q), _new(*q.shape, like=q)
-        gv, gg = _new(*v.shape, like=v), _new(*v.shape, like=v)
+        gq, gk, gv, gg = (_new(t, last) for t in (q, q, v, v))
         if kept:
             k0, kp, top, inv, d = kept
             m, u = _row(q, arith), _row(q, arith)
@@ -401,23 +418,23 @@ class AttentionDoubleBackward(Function):
 
 
 # ---------------------------------------------------------------------------------------------- launching
-def _launch(name, arith, args, B, Cq, C, N):
-    """Starts kernel `name` with its row of TABLE. args: its tensors, then strides, without the sizes."""
+def _launch(name, arith, args, B, Cq, C, N, last):
+    """Starts kernel `name` with its row of TABLE. args: its tensors, then strides, without the sizes. last: of _new."""
     _load()
-    rows, step, chunk, warps, stages = (Cq > 32 and WIDE.get(name, {}).get(arith)) or TABLE[name][arith]
+    rows, step, chunk, warps, stages = _row_of_table(name, arith, Cq, args[0].device)
     chunk = min(chunk, _power_of_two(C))
     chunks = -(-C // chunk)
-    meta = dict(BQ=_power_of_two(Cq), BC=chunk, PREC="tf32" if arith == "tf32" else "ieee",
+    meta = dict(BQ=_power_of_two(Cq), BC=chunk, LAST=last, PREC="tf32" if arith == "tf32" else "ieee",
                 UP=arith == "half" and bool(triton.knobs.runtime.interpret),
                 ACC=tl.float64 if arith == "double" else tl.float32,
                 num_warps=warps, num_stages=stages, enable_fp_fusion=True)
     if name.startswith("small"):
-        grid = (B,)
+        grid = (B, chunks if name == "small_forward" else 1 + chunks)
         meta.update(BN=_power_of_two(N), RAW=arith == "half")
     else:
         meta.update(BI=rows, BJ=step, LOG2E=1.0 if arith in ("ieee", "double") else 1.4426950408889634)
         grid = (B * -(-N // rows),)
-        if name in ("tiled_rows", "tiled_columns", "tiled_double_q"):
+        if name in ("tiled_rows", "tiled_columns", "tiled_double_q", "tiled_double_columns"):
             meta.update(ONE=chunks == 1)
         if name in ("tiled_rows", "tiled_double_q"):
             meta.update(RAW=arith == "half")
@@ -425,9 +442,20 @@ def _launch(name, arith, args, B, Cq, C, N):
             meta.update(PART=min(32, meta["BQ"]) if arith == "double" else meta["BQ"])
         if name in ("tiled_forward", "tiled_double_g"):
             grid += (chunks,)
-        if name == "tiled_double_columns" or name == "tiled_columns" and chunks > 1:
+        if name in ("tiled_columns", "tiled_double_columns") and chunks > 1:
             grid += (1 + chunks,)
     _start(name, grid, (*args, Cq, C, N), meta)
+
+
+def _row_of_table(name, arith, Cq, device):
+    if arith == "tf32" and name in HOPPER and (Cq <= 16 or name.startswith("small")) and _is_hopper(device):
+        return HOPPER[name]
+    return (Cq > 32 and WIDE.get(name, {}).get(arith)) or TABLE[name][arith]
+
+
+@functools.cache
+def _is_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _start(name, grid, args, meta):
@@ -440,7 +468,8 @@ def _centre(x, arith):
     _load()
     B, Cq, N = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    meta = dict(BN=1024, ACC=tl.float64 if arith == "double" else tl.float32, num_warps=4, enable_fp_fusion=True)
+    meta = dict(BN=1024, PREC="tf32" if arith == "tf32" else "ieee",
+                ACC=tl.float64 if arith == "double" else tl.float32, num_warps=4, enable_fp_fusion=True)
     _start("tiled_centre", (B, Cq), (x, y, *x.stride(), Cq, N), meta)
     return x.contiguous() if arith == "half" else y, y
 
@@ -464,12 +493,14 @@ def _power_of_two(n):
     return max(16, 1 << (n - 1).bit_length())       # 16: tl.dot's least width for bf16
 
 
-def _new(*shape, like, dtype=None):
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+def _new(t, last):
+    """An empty tensor like t (B, C, N), in memory (B, N, C) if `last` and else (B, C, N)."""
+    B, C, N = t.shape
+    return t.new_empty(B, N, C).mT if last else t.new_empty(B, C, N)
 
 
 def _row(q, arith):
-    return _new(q.shape[0], q.shape[2], like=q, dtype=torch.float64 if arith == "double" else torch.float32)
+    return q.new_empty(q.shape[0], q.shape[2], dtype=torch.float64 if arith == "double" else torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -494,74 +525,76 @@ def _load():
 
 @_jit
 def small_forward(q, k, v, o, qb, qc, qn, kb, kc, kn, vb, vc, vn, Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr,
-                  BC: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+                  BC: tl.constexpr, RAW: tl.constexpr, LAST: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
+                  ACC: tl.constexpr):
+    """One image's o by chunks of C (axis 1), each of which makes P for itself: waiting costs more than that."""
     b = tl.program_id(0).to(tl.int64)
     n, cq = tl.arange(0, BN), tl.arange(0, BQ)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
     Q, K, KC, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, RAW, PREC, UP, ACC)
-    P = P.to(Q.dtype)
-    for c0 in range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
-        VT = _tile(v + b * vb, n, N, vn, c, C, vc)                                           # (j, c)
-        _put(o + b * C * N, _dot(P, VT, PREC, UP), n, N, 1, c, C, N)
+    VT = _tile(v + b * vb, n, N, vn, c, C, vc)                                               # (j, c)
+    _put(o + b * C * N, _dot(_operand(P, Q, PREC), VT, PREC, UP), n, N, c, C, LAST)
 
 
 @_jit
 def small_backward(q, k, v, g, dq, dk, dv, qb, qc, qn, kb, kc, kn, vb, vc, vn, gb, gc, gn, Cq, C, N, BN: tl.constexpr,
-                   BQ: tl.constexpr, BC: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
-                   ACC: tl.constexpr):
+                   BQ: tl.constexpr, BC: tl.constexpr, RAW: tl.constexpr, LAST: tl.constexpr, PREC: tl.constexpr,
+                   UP: tl.constexpr, ACC: tl.constexpr):
+    """dq and dk of one image (program 0 of axis 1), and dv by chunks of C (programs 1 + n)."""
     b = tl.program_id(0).to(tl.int64)
     n, cq = tl.arange(0, BN), tl.arange(0, BQ)
     Q, K, KC, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, RAW, PREC, UP, ACC)
-    X = tl.zeros((BN, BN), ACC)
-    for c0 in range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
-        GT = _tile(g + b * gb, n, N, gn, c, C, gc)                                           # (i, c)
-        V = _tile(v + b * vb, c, C, vc, n, N, vn)                                            # (c, j)
-        X += _dot(GT, V, PREC, UP)
-    Z = (P * (X - tl.sum(P * X, 1)[:, None])).to(Q.dtype)
-    _put(dq + b * Cq * N, _dot(Z, tl.trans(KC), PREC, UP), n, N, 1, cq, Cq, N)
-    _put(dk + b * Cq * N, _dot(tl.trans(Z), Q, PREC, UP), n, N, 1, cq, Cq, N)
-    PT = tl.trans(P.to(Q.dtype))
-    for c0 in range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
+    if tl.program_id(1) == 0:
+        X = tl.zeros((BN, BN), ACC)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            GT = _tile(g + b * gb, n, N, gn, c, C, gc)                                       # (i, c)
+            V = _tile(v + b * vb, c, C, vc, n, N, vn)                                        # (c, j)
+            X += _dot(GT, V, PREC, UP)
+        Z = _operand(P * (X - tl.sum(P * X, 1)[:, None]), Q, PREC)
+        _put(dq + b * Cq * N, _dot(Z, tl.trans(KC), PREC, UP), n, N, cq, Cq, LAST)
+        _put(dk + b * Cq * N, _dot(tl.trans(Z), Q, PREC, UP), n, N, cq, Cq, LAST)
+    else:
+        c = (tl.program_id(1) - 1) * BC + tl.arange(0, BC)
         GT = _tile(g + b * gb, n, N, gn, c, C, gc)
-        _put(dv + b * C * N, _dot(PT, GT, PREC, UP), n, N, 1, c, C, N)
+        _put(dv + b * C * N, _dot(tl.trans(_operand(P, Q, PREC)), GT, PREC, UP), n, N, c, C, LAST)
 
 
 @_jit
-def small_double_backward(q, k, v, g, a, b_, e, gq, gk, gv, gg, qb, qc, qn, kb, kc, kn, vb, vc, vn, gb, gc, gn,
-                          Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, RAW: tl.constexpr,
-                          PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+def small_double_backward(q, k, v, g, a, b_, e, gq, gk, gv, gg, qb, qc, qn, kb, kc, kn, vb, vc, vn, gb, gc, gn, Cq, C,
+                          N, BN: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, RAW: tl.constexpr,
+                          LAST: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+    """gq and gk of one image (program 0 of axis 1), and gv and gg by chunks of C (programs 1 + n)."""
     b = tl.program_id(0).to(tl.int64)
     n, cq = tl.arange(0, BN), tl.arange(0, BQ)
     Q, K, KC, P = _small_p(q + b * qb, k + b * kb, n, cq, qc, qn, kc, kn, Cq, N, RAW, PREC, UP, ACC)
     AT = _tile(a + b * Cq * N, n, N, 1, cq, Cq, N)                                           # (i, c)
-    B, BP = _centred(_tile(b_ + b * Cq * N, cq, Cq, N, n, N, 1), n, N, RAW, ACC)            # (c, j)
-    X = tl.zeros((BN, BN), ACC)
-    F = tl.zeros((BN, BN), ACC)
-    for c0 in range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
-        GT = _tile(g + b * gb, n, N, gn, c, C, gc)
-        X += _dot(GT, _tile(v + b * vb, c, C, vc, n, N, vn), PREC, UP)
-        F += _dot(GT, _tile(e + b * C * N, c, C, N, n, N, 1), PREC, UP)
+    B, BP = _centred(_tile(b_ + b * Cq * N, cq, Cq, N, n, N, 1), n, N, RAW, PREC, ACC)      # (c, j)
     M = _dot(AT, K, PREC, UP) + _dot(Q, B, PREC, UP)
     M -= tl.sum(P * M, 1)[:, None]
-    Z = P * (X - tl.sum(P * X, 1)[:, None])
-    gS = Z * M + P * F
-    gS = (gS - P * tl.sum(gS, 1)[:, None]).to(Q.dtype)
-    Z = Z.to(Q.dtype)
-    _put(gq + b * Cq * N, _dot(gS, tl.trans(KC), PREC, UP) + _dot(Z, tl.trans(BP), PREC, UP), n, N, 1, cq, Cq, N)
-    _put(gk + b * Cq * N, _dot(tl.trans(gS), Q, PREC, UP) + _dot(tl.trans(Z), AT, PREC, UP), n, N, 1, cq, Cq, N)
-    W = (P * M).to(Q.dtype)
-    P = P.to(Q.dtype)
-    WT = tl.trans(W)
-    for c0 in range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
+    if tl.program_id(1) == 0:
+        X = tl.zeros((BN, BN), ACC)
+        F = tl.zeros((BN, BN), ACC)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            GT = _tile(g + b * gb, n, N, gn, c, C, gc)
+            X += _dot(GT, _tile(v + b * vb, c, C, vc, n, N, vn), PREC, UP)
+            F += _dot(GT, _tile(e + b * C * N, c, C, N, n, N, 1), PREC, UP)
+        Z = P * (X - tl.sum(P * X, 1)[:, None])
+        gS = Z * M + P * F
+        gS = _operand(gS - P * tl.sum(gS, 1)[:, None], Q, PREC)
+        Z = _operand(Z, Q, PREC)
+        _put(gq + b * Cq * N, _dot(gS, tl.trans(KC), PREC, UP) + _dot(Z, tl.trans(BP), PREC, UP), n, N, cq, Cq, LAST)
+        _put(gk + b * Cq * N, _dot(tl.trans(gS), Q, PREC, UP) + _dot(tl.trans(Z), AT, PREC, UP), n, N, cq, Cq, LAST)
+    else:
+        c = (tl.program_id(1) - 1) * BC + tl.arange(0, BC)
+        W = _operand(P * M, Q, PREC)
         VT = _tile(v + b * vb, n, N, vn, c, C, vc)
         ET = _tile(e + b * C * N, n, N, 1, c, C, N)
-        _put(gg + b * C * N, _dot(W, VT, PREC, UP) + _dot(P, ET, PREC, UP), n, N, 1, c, C, N)
+        O = _dot(W, VT, PREC, UP) + _dot(_operand(P, Q, PREC), ET, PREC, UP)
+        _put(gg + b * C * N, O, n, N, c, C, LAST)
         GT = _tile(g + b * gb, n, N, gn, c, C, gc)
-        _put(gv + b * C * N, _dot(WT, GT, PREC, UP), n, N, 1, c, C, N)
+        _put(gv + b * C * N, _dot(tl.trans(W), GT, PREC, UP), n, N, c, C, LAST)
 
 
 @_jit
@@ -569,18 +602,18 @@ def _small_p(q, k, n, cq, qc, qn, kc, kn, Cq, N, RAW: tl.constexpr, PREC: tl.con
              ACC: tl.constexpr):
     """One image's Q (i, c), K (c, j) for the logits, K centred for the products with Z, and P (i, j)."""
     Q = _tile(q, n, N, qn, cq, Cq, qc)
-    K, KC = _centred(_tile(k, cq, Cq, kc, n, N, kn), n, N, RAW, ACC)
+    K, KC = _centred(_tile(k, cq, Cq, kc, n, N, kn), n, N, RAW, PREC, ACC)
     S = tl.where(n[None, :] < N, _dot(Q, K, PREC, UP).to(ACC), float("-inf"))
     P = tl.exp(S - tl.max(S, 1)[:, None])
     return Q, K, KC, P / tl.sum(P, 1)[:, None]
 
 
 @_jit
-def _centred(x, n, N, RAW: tl.constexpr, ACC: tl.constexpr):
+def _centred(x, n, N, RAW: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr):
     """x (c, n) as the logits take it, and less its mean over n. In half precision (RAW) the logits take it as it is:
     their products are exact, while the difference would be rounded once more."""
     y = x.to(ACC)
-    y = tl.where(n[None, :] < N, y - (tl.sum(y, 1) / N)[:, None], 0).to(x.dtype)
+    y = _operand(tl.where(n[None, :] < N, y - (tl.sum(y, 1) / N)[:, None], 0), x, PREC)
     if RAW:
         return x, y
     else:
@@ -588,7 +621,7 @@ def _centred(x, n, N, RAW: tl.constexpr, ACC: tl.constexpr):
 
 
 @_jit
-def tiled_centre(x, y, xb, xc, xn, Cq, N, BN: tl.constexpr, ACC: tl.constexpr):
+def tiled_centre(x, y, xb, xc, xn, Cq, N, BN: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr):
     """y (B, Cq, N) = x less its mean over the positions."""
     b = tl.program_id(0).to(tl.int64)
     x += b * xb + tl.program_id(1) * xc
@@ -600,13 +633,14 @@ def tiled_centre(x, y, xb, xc, xn, Cq, N, BN: tl.constexpr, ACC: tl.constexpr):
     mean = tl.sum(total, 0) / N
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
-        tl.store(y + n, (tl.load(x + n * xn, mask=n < N, other=0).to(ACC) - mean).to(y.dtype.element_ty), mask=n < N)
+        old = tl.load(x + n * xn, mask=n < N, other=0)
+        tl.store(y + n, _operand(old.to(ACC) - mean, old, PREC), mask=n < N)
 
 
 @_jit
 def tiled_forward(q, k, v, o, largest, inv, qb, qc, qn, vb, vc, vn, Cq, C, N, LOG2E: tl.constexpr, BI: tl.constexpr,
-                  BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
-                  ACC: tl.constexpr):
+                  BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr, PREC: tl.constexpr,
+                  UP: tl.constexpr, ACC: tl.constexpr):
     blocks = tl.cdiv(N, BI)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
@@ -625,9 +659,9 @@ def tiled_forward(q, k, v, o, largest, inv, qb, qc, qn, vb, vc, vn, Cq, C, N, LO
         P = _exp(S - new[:, None], LOG2E)
         scale = _exp(top - new, LOG2E)
         total = total * scale + tl.sum(P, 1)
-        O = O * scale[:, None] + _dot(P.to(Q.dtype), _tile(v, j, N, vn, c, C, vc), PREC, UP)
+        O = O * scale[:, None] + _dot(_operand(P, Q, PREC), _tile(v, j, N, vn, c, C, vc), PREC, UP)
         top = new
-    _put(o, O / total[:, None], i, N, 1, c, C, N)
+    _put(o, O / total[:, None], i, N, c, C, LAST)
     if tl.program_id(1) == 0:
         tl.store(largest + b * N + i, top, mask=i < N)
         tl.store(inv + b * N + i, 1 / total, mask=i < N)
@@ -636,7 +670,7 @@ def tiled_forward(q, k, v, o, largest, inv, qb, qc, qn, vb, vc, vn, Cq, C, N, LO
 @_jit
 def tiled_rows(q, k, kp, v, g, o, top, inv, d, dq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N, LOG2E: tl.constexpr,
                BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr,
-               RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+               RAW: tl.constexpr, LAST: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     """D and dQ of BI rows. D = rowsum(G*O) is rounded apart from X; what is left of <P*(X - D)> at the end is
     taken off, or it would weigh as much as eager's whole error."""
     blocks = tl.cdiv(N, BI)
@@ -651,7 +685,7 @@ def tiled_rows(q, k, kp, v, g, o, top, inv, d, dq, qb, qc, qn, vb, vc, vn, gb, g
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
         GT = _tile(g, i, N, gn, c, C, gc)                       # with one chunk (ONE) it stays for the sweep
-        D += tl.sum(GT.to(ACC) * _tile(o, i, N, 1, c, C, N).to(ACC), 1)
+        D += tl.sum(GT.to(ACC) * _tile(o, i, N, C if LAST else 1, c, C, 1 if LAST else N).to(ACC), 1)
     GT = _tile(g, i, N, gn, tl.arange(0, BC), C, gc)
     dQ = tl.zeros((BI, BQ), ACC)
     PK = tl.zeros((BI, BQ), ACC)
@@ -674,17 +708,17 @@ def tiled_rows(q, k, kp, v, g, o, top, inv, d, dq, qb, qc, qn, vb, vc, vn, gb, g
         rest += tl.sum(Z, 1)
         sum_p += tl.sum(P, 1)
         KT = tl.trans(K)
-        dQ += _dot(Z.to(Q.dtype), KT, PREC, UP)
-        PK += _dot(P.to(Q.dtype), KT, PREC, UP)
+        dQ += _dot(_operand(Z, Q, PREC), KT, PREC, UP)
+        PK += _dot(_operand(P, Q, PREC), KT, PREC, UP)
     rest /= sum_p
-    _put(dq + b * Cq * N, dQ - rest[:, None] * PK, i, N, 1, cq, Cq, N)
+    _put(dq + b * Cq * N, dQ - rest[:, None] * PK, i, N, cq, Cq, LAST)
     tl.store(d + b * N + i, D + rest, mask=i < N)
 
 
 @_jit
 def tiled_columns(q, k, v, g, top, inv, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N, LOG2E: tl.constexpr,
                   BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ONE: tl.constexpr,
-                  PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
+                  LAST: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     """dK and dV of BI columns; tiles are transposed, (j, i). With several chunks of C, program 0 of axis 1
     makes dK and program 1 + n makes chunk n of dV, so that no accumulator is wider than a chunk."""
     blocks = tl.cdiv(N, BI)
@@ -707,11 +741,11 @@ def tiled_columns(q, k, v, g, top, inv, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, g
             I = tl.load(inv + i, mask=i < N, other=0)
             D = tl.load(d + i, mask=i < N, other=0)
             P = _exp(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :], LOG2E) * I[None, :]
-            dV += _dot(P.to(KT.dtype), tl.trans(G), PREC, UP)
+            dV += _dot(_operand(P, KT, PREC), tl.trans(G), PREC, UP)
             X = _dot(VT, G, PREC, UP)
-            dK += _dot((P * (X - D[None, :])).to(KT.dtype), tl.trans(Q), PREC, UP)
-        _put(dk + b * Cq * N, dK, j, N, 1, cq, Cq, N)
-        _put(dv + b * C * N, dV, j, N, 1, c, C, N)
+            dK += _dot(_operand(P * (X - D[None, :]), KT, PREC), tl.trans(Q), PREC, UP)
+        _put(dk + b * Cq * N, dK, j, N, cq, Cq, LAST)
+        _put(dv + b * C * N, dV, j, N, c, C, LAST)
     elif tl.program_id(1) == 0:
         dK = tl.zeros((BI, BQ), ACC)
         for i0 in range(0, N, BJ):
@@ -725,8 +759,8 @@ def tiled_columns(q, k, v, g, top, inv, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, g
             for c0 in range(0, C, BC):
                 c = c0 + tl.arange(0, BC)
                 X += _dot(_tile(v, j, N, vn, c, C, vc), _tile(g, c, C, gc, i, N, gn), PREC, UP)
-            dK += _dot((P * (X - D[None, :])).to(KT.dtype), tl.trans(Q), PREC, UP)
-        _put(dk + b * Cq * N, dK, j, N, 1, cq, Cq, N)
+            dK += _dot(_operand(P * (X - D[None, :]), KT, PREC), tl.trans(Q), PREC, UP)
+        _put(dk + b * Cq * N, dK, j, N, cq, Cq, LAST)
     else:
         c = (tl.program_id(1) - 1) * BC + tl.arange(0, BC)
         dV = tl.zeros((BI, BC), ACC)
@@ -735,15 +769,15 @@ def tiled_columns(q, k, v, g, top, inv, d, dk, dv, qb, qc, qn, vb, vc, vn, gb, g
             L = tl.load(top + i, mask=i < N, other=0)
             I = tl.load(inv + i, mask=i < N, other=0)
             P = _exp(_dot(KT, _tile(q, cq, Cq, qc, i, N, qn), PREC, UP) * LOG2E - L[None, :], LOG2E) * I[None, :]
-            dV += _dot(P.to(KT.dtype), _tile(g, i, N, gn, c, C, gc), PREC, UP)
-        _put(dv + b * C * N, dV, j, N, 1, c, C, N)
+            dV += _dot(_operand(P, KT, PREC), _tile(g, i, N, gn, c, C, gc), PREC, UP)
+        _put(dv + b * C * N, dV, j, N, c, C, LAST)
 
 
 @_jit
 def tiled_double_q(q, k, kp, v, g, a, b_, bp, e, top, inv, d, m, u, gq, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N,
                    LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
-                   PART: tl.constexpr, ONE: tl.constexpr, RAW: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
-                   ACC: tl.constexpr):
+                   PART: tl.constexpr, ONE: tl.constexpr, RAW: tl.constexpr, LAST: tl.constexpr, PREC: tl.constexpr,
+                   UP: tl.constexpr, ACC: tl.constexpr):
     """m, u and gQ of BI rows in one sweep: m and u are known only at its end, so what they multiply,
     dQ and P K, is summed beside them and taken off there. Dividing by <P>, 1 but for rounding, makes W's rows sum to
     zero as closely as if P had been normalised by its own sum."""
@@ -796,21 +830,21 @@ def tiled_double_q(q, k, kp, v, g, a, b_, bp, e, top, inv, d, m, u, gq, qb, qc, 
             K = _tile(kp, cq, Cq, N, j, N, 1)
             B = _tile(bp, cq, Cq, N, j, N, 1)
         KT = tl.trans(K)
-        Z = Z.to(Q.dtype)
+        Z = _operand(Z, Q, PREC)
         dQ += _dot(Z, KT, PREC, UP)
-        PK += _dot(P.to(Q.dtype), KT, PREC, UP)
-        R += _dot(Y.to(Q.dtype), KT, PREC, UP) + _dot(Z, tl.trans(B), PREC, UP)
+        PK += _dot(_operand(P, Q, PREC), KT, PREC, UP)
+        R += _dot(_operand(Y, Q, PREC), KT, PREC, UP) + _dot(Z, tl.trans(B), PREC, UP)
     sum_m /= sum_p
     sum_u /= sum_p
-    _put(gq + b * Cq * N, R - sum_m[:, None] * dQ - sum_u[:, None] * PK, i, N, 1, cq, Cq, N)
+    _put(gq + b * Cq * N, R - sum_m[:, None] * dQ - sum_u[:, None] * PK, i, N, cq, Cq, LAST)
     tl.store(m + b * N + i, sum_m, mask=i < N)
     tl.store(u + b * N + i, sum_u, mask=i < N)
 
 
 @_jit
 def tiled_double_g(q, k, v, a, b_, e, top, inv, m, gg, qb, qc, qn, vb, vc, vn, Cq, C, N, LOG2E: tl.constexpr,
-                   BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr,
-                   UP: tl.constexpr, ACC: tl.constexpr):
+                   BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, LAST: tl.constexpr,
+                   PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
     """gG of BI rows and one chunk of C."""
     blocks = tl.cdiv(N, BI)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -830,16 +864,18 @@ def tiled_double_g(q, k, v, a, b_, e, top, inv, m, gg, qb, qc, qn, vb, vc, vn, C
         K = _tile(k, cq, Cq, N, j, N, 1)
         P = tl.where(j[None, :] < N, _exp(_dot(Q, K, PREC, UP) * LOG2E - L[:, None], LOG2E) * I[:, None], 0)
         M = _dot(AT, K, PREC, UP) + _dot(Q, _tile(b_, cq, Cq, N, j, N, 1), PREC, UP)
-        R += _dot((P * (M - mi[:, None])).to(Q.dtype), _tile(v, j, N, vn, c, C, vc), PREC, UP)
-        R += _dot(P.to(Q.dtype), _tile(e, j, N, 1, c, C, N), PREC, UP)
-    _put(gg + b * C * N, R, i, N, 1, c, C, N)
+        R += _dot(_operand(P * (M - mi[:, None]), Q, PREC), _tile(v, j, N, vn, c, C, vc), PREC, UP)
+        R += _dot(_operand(P, Q, PREC), _tile(e, j, N, 1, c, C, N), PREC, UP)
+    _put(gg + b * C * N, R, i, N, c, C, LAST)
 
 
 @_jit
 def tiled_double_columns(q, k, v, g, a, b_, e, top, inv, d, m, u, gk, gv, qb, qc, qn, vb, vc, vn, gb, gc, gn, Cq, C, N,
-                         LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr,
-                         BC: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):
-    """gK (program 0 of axis 1) and gV by chunks of C (programs 1 + n) of BI columns; tiles are (j, i)."""
+                         LOG2E: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+                         ONE: tl.constexpr, LAST: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
+                         ACC: tl.constexpr):
+    """gK and gV of BI columns; tiles are (j, i). With several chunks of C, program 0 of axis 1 makes gK and program
+    1 + n chunk n of gV, so that no accumulator is wider than a chunk."""
     blocks = tl.cdiv(N, BI)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     j = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
@@ -849,17 +885,32 @@ def tiled_double_columns(q, k, v, g, a, b_, e, top, inv, d, m, u, gk, gv, qb, qc
     top, inv, d, m, u = top + b * N, inv + b * N, d + b * N, m + b * N, u + b * N
     KT = _tile(k, j, N, 1, cq, Cq, N)
     BT = _tile(b_, j, N, 1, cq, Cq, N)
-    if tl.program_id(1) == 0:
+    if ONE:
+        c = tl.arange(0, BC)
+        gK = tl.zeros((BI, BQ), ACC)
+        gV = tl.zeros((BI, BC), ACC)
+        for i0 in range(0, N, BJ):
+            i = i0 + tl.arange(0, BJ)
+            Q = _tile(q, cq, Cq, qc, i, N, qn)
+            A = _tile(a, cq, Cq, N, i, N, 1)
+            G = _tile(g, c, C, gc, i, N, gn)
+            L, I, D, mi, ui = _of_rows(top, inv, d, m, u, i, N)
+            P = _exp(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :], LOG2E) * I[None, :]
+            M = _dot(KT, A, PREC, UP) + _dot(BT, Q, PREC, UP) - mi[None, :]
+            gV += _dot(_operand(P * M, KT, PREC), tl.trans(G), PREC, UP)
+            Z = P * (_dot(_tile(v, j, N, vn, c, C, vc), G, PREC, UP) - D[None, :])
+            gK += _dot(_operand(Z, KT, PREC), tl.trans(A), PREC, UP)
+            F = _dot(_tile(e, j, N, 1, c, C, N), G, PREC, UP)
+            gK += _dot(_operand(Z * M + P * (F - ui[None, :]), KT, PREC), tl.trans(Q), PREC, UP)
+        _put(gk + b * Cq * N, gK, j, N, cq, Cq, LAST)
+        _put(gv + b * C * N, gV, j, N, c, C, LAST)
+    elif tl.program_id(1) == 0:
         gK = tl.zeros((BI, BQ), ACC)
         for i0 in range(0, N, BJ):
             i = i0 + tl.arange(0, BJ)
             Q = _tile(q, cq, Cq, qc, i, N, qn)
             A = _tile(a, cq, Cq, N, i, N, 1)
-            L = tl.load(top + i, mask=i < N, other=0)
-            I = tl.load(inv + i, mask=i < N, other=0)
-            D = tl.load(d + i, mask=i < N, other=0)
-            mi = tl.load(m + i, mask=i < N, other=0)
-            ui = tl.load(u + i, mask=i < N, other=0)
+            L, I, D, mi, ui = _of_rows(top, inv, d, m, u, i, N)
             X = tl.zeros((BI, BJ), ACC)
             F = tl.zeros((BI, BJ), ACC)
             for c0 in range(0, C, BC):
@@ -871,8 +922,9 @@ def tiled_double_columns(q, k, v, g, a, b_, e, top, inv, d, m, u, gk, gv, qb, qc
             M = _dot(KT, A, PREC, UP) + _dot(BT, Q, PREC, UP) - mi[None, :]
             Z = P * (X - D[None, :])
             gS = Z * M + P * (F - ui[None, :])
-            gK += _dot(gS.to(KT.dtype), tl.trans(Q), PREC, UP) + _dot(Z.to(KT.dtype), tl.trans(A), PREC, UP)
-        _put(gk + b * Cq * N, gK, j, N, 1, cq, Cq, N)
+            gK += _dot(_operand(gS, KT, PREC), tl.trans(Q), PREC, UP)
+            gK += _dot(_operand(Z, KT, PREC), tl.trans(A), PREC, UP)
+        _put(gk + b * Cq * N, gK, j, N, cq, Cq, LAST)
     else:
         c = (tl.program_id(1) - 1) * BC + tl.arange(0, BC)
         gV = tl.zeros((BI, BC), ACC)
@@ -885,8 +937,19 @@ def tiled_double_columns(q, k, v, g, a, b_, e, top, inv, d, m, u, gk, gv, qb, qc
             mi = tl.load(m + i, mask=i < N, other=0)
             P = _exp(_dot(KT, Q, PREC, UP) * LOG2E - L[None, :], LOG2E) * I[None, :]
             W = P * (_dot(KT, A, PREC, UP) + _dot(BT, Q, PREC, UP) - mi[None, :])
-            gV += _dot(W.to(KT.dtype), _tile(g, i, N, gn, c, C, gc), PREC, UP)
-        _put(gv + b * C * N, gV, j, N, 1, c, C, N)
+            gV += _dot(_operand(W, KT, PREC), _tile(g, i, N, gn, c, C, gc), PREC, UP)
+        _put(gv + b * C * N, gV, j, N, c, C, LAST)
+
+
+@_jit
+def _of_rows(top, inv, d, m, u, i, N):
+    """All that the rows i need from outside their block."""
+    L = tl.load(top + i, mask=i < N, other=0)
+    I = tl.load(inv + i, mask=i < N, other=0)
+    D = tl.load(d + i, mask=i < N, other=0)
+    M = tl.load(m + i, mask=i < N, other=0)
+    U = tl.load(u + i, mask=i < N, other=0)
+    return L, I, D, M, U
 
 
 @_jit
@@ -913,6 +976,17 @@ def _dot(a, b, PREC: tl.constexpr, UP: tl.constexpr):
 
 
 @_jit
+def _operand(x, like, PREC: tl.constexpr):
+    """x as a product takes it, in like's type; for tf32 rounded to its 10 bits, because tensor cores cut the others off
+    and that is twice the error. What is loaded is cut: to round it would take it out of the asynchronous copies."""
+    if PREC == "tf32":
+        bits = x.to(tl.int32, bitcast=True) + 0x1000
+        return (bits & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return x.to(like.dtype)
+
+
+@_jit
 def _exp(x, LOG2E: tl.constexpr):
     """e to the x / LOG2E: 2^x, where the factor costs nothing beside the tensor cores' rounding, or e^x (LOG2E = 1)."""
     if LOG2E == 1:
@@ -928,5 +1002,7 @@ def _tile(p, r, R, sr, c, C, sc):
 
 
 @_jit
-def _put(p, x, r, R, sr, c, C, sc):
-    tl.store(p + r[:, None] * sr + c[None, :] * sc, x.to(p.dtype.element_ty), mask=(r[:, None] < R) & (c[None, :] < C))
+def _put(p, x, n, N, c, C, LAST: tl.constexpr):
+    """x (len(n), len(c)) into an image of C channels and N positions, in memory (N, C) if LAST and else (C, N)."""
+    place = n[:, None] * C + c[None, :] if LAST else n[:, None] + c[None, :] * N
+    tl.store(p + place, x.to(p.dtype.element_ty), mask=(n[:, None] < N) & (c[None, :] < C))

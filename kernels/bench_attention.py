@@ -249,6 +249,7 @@ def parse():
     p.add_argument("--batch-size", "--batch_size", nargs="+", type=int, default=BATCH_SIZES)
     p.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     p.add_argument("--precision", nargs="+", choices=list(PEAK), default=["tf32"], help="ieee, tf32 (float32) or bf16")
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="default all; compiled eager takes longest")
     p.add_argument("--milliseconds", type=int, default=50, help="time given to each row")
     p.add_argument("--csv", type=Path, help="file to append to")
     args = p.parse_args()
@@ -298,7 +299,8 @@ def main():
                 print("| --- | --- | --- | --- | --- | --- | --- |")
                 for phase in args.phases:
                     for graph in (False, True) if cuda else (False,):
-                        rows = measure((Cq, C, N), B, phase, precision, graph, args.device, args.milliseconds)
+                        rows = measure((Cq, C, N), B, phase, precision, graph, args.device, args.milliseconds,
+                                       args.rows)
                         for row in rows:
                             print_row(row, phase, graph)
                         if args.csv:

@@ -47,11 +47,10 @@ GPU_LEVERS = {
     "-graph": "--cuda-graph off",
     "-lanes": "the graph captured on one stream",
     "-triton": "attention eager, in N x N matrices",
-    "+all triton": "the critics' small attention by Triton, too",
+    "-channels last": LEVERS["-channels last"],
     "-norms together": "spectral norms layer by layer, by torch",
     **{name: LEVERS[name] for name in ("-one pass", "-freezing", "-one forward", "-cached", "+in place", "+bf16")},
     "-fused adam": "torch's foreach Adam",
-    "+channels last": "networks and images in channels_last",
     "+cudnn benchmark": "cuDNN tries its algorithms out and takes the fastest",
     "+fp32": "--precision fp32",
 }
@@ -86,8 +85,6 @@ def before_networks(name, script):
         bench.use_torch_convolutions()
     if name == "-channels last":
         script.channels_last = False
-    if name == "+channels last":
-        script.layout = lambda device: torch.channels_last
     if name.endswith("norms together"):
         okd_train.NORMS_TOGETHER = {"cpu"} if name[0] == "+" else set()
     if name == "+cudnn benchmark":
@@ -121,8 +118,6 @@ def change_calls(name, t, module):
         t.generate = lambda g, sub: [generate(g, sub) for _ in range(3)][-1]
     if name == "-lanes":
         t.graph.lanes = one_stream(t.device.type == "cuda")
-    if name == "+all triton":
-        attention.TRITON_FROM_N = 1
     if name in ("-blocks", "-triton"):
         module["self_attention"] = attention.attention
     if name == "-fused attention":

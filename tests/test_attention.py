@@ -304,7 +304,8 @@ def test_any_strides(family, device):
     for columns in zip(*(layouts(t) for t in plain), strict=True):
         tensors = [t.requires_grad_(i < 4) for i, (_, t) in enumerate(columns)]
         for name, x, y in zip(NAMES, eight(fused, tensors[:4], tensors[4:]), want, strict=True):
-            assert torch.equal(x, y), (columns[0][0], name)
+            # A GPU's compiler orders a product's sums by the layout of what it loads.
+            assert torch.equal(x, y) or device == "cuda" and (x - y).abs().max() < 1e-13, (columns[0][0], name)
 
 
 def test_expanded_inputs(family, device):
@@ -328,25 +329,34 @@ def test_offsets_beyond_32_bits_are_copied():
     assert A._small_offsets(near) is near       # images far apart are fine: the batch offset has 64 bits
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("N, C", [(18, 20), (35, 70)])
-def test_nothing_outside_is_read_or_written(N, C, family, device, monkeypatch):
-    """Inputs and outputs lie inside NaN: a read outside poisons the result, a write outside leaves a number."""
+def test_nothing_outside_is_read_or_written(N, C, last, family, device, monkeypatch):
+    """Inputs and outputs lie inside NaN: a read outside poisons the result, a write outside leaves a number. Outputs
+    have the layout of v."""
     outside = []
 
-    def island(*shape, like, dtype=None):
+    def island(*shape):
         n = torch.Size(shape).numel()
-        sea = torch.full((n + 4096,), float("nan"), dtype=dtype or like.dtype, device=like.device)
+        sea = torch.full((n + 4096,), float("nan"), dtype=torch.float64, device=device)
         outside.append((sea, n))
         return sea[2048:2048 + n].view(shape)
 
+    def like(t, last):
+        B, C, N = t.shape
+        return island(B, N, C).mT if last else island(B, C, N)
+
     def put(t):
-        return island(*t.shape, like=t).copy_(t)
+        return like(t, last).copy_(t)
 
     leaves, back = inputs(2, 3, C, N, device=device, grad=False)
     want = exact(leaves, back)
-    monkeypatch.setattr(A, "_new", island)
-    assert_close(eight(fused, [put(t).requires_grad_() for t in leaves], [put(t) for t in back]), want, 1e-12)
+    monkeypatch.setattr(A, "_new", like)
+    monkeypatch.setattr(A, "_row", lambda q, arith: island(len(q), N))
+    got = eight(fused, [put(t).requires_grad_() for t in leaves], [put(t) for t in back])
+    assert_close(got, want, 1e-12)
     assert len(outside) >= 7 + 8        # seven inputs, at least eight outputs
+    assert all((t.stride(1) < t.stride(2)) == last for t in got)
     for sea, n in outside:
         assert sea[:2048].isnan().all() and sea[2048 + n:].isnan().all()
         assert not sea[2048:2048 + n].isnan().any()
@@ -436,23 +446,27 @@ def test_auto_is_eager_on_the_cpu(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("N, Cq, kib, fused_wanted", [
-    (256, 8, 227, True), (1024, 8, 99, True), (1024, 8, 98, False), (1024, 8, 0, False), (255, 8, 227, False),
-    (256, 65, 227, False)])
-def test_auto_on_cuda(N, Cq, kib, fused_wanted, monkeypatch):
-    """From N = 256 on, and a chip without the room gets eager, not an error."""
+@pytest.mark.parametrize("N, Cq, kib, dtype, precision, start, fused_wanted", [
+    (8192, 8, 227, torch.float32, "tf32", None, True), (8192, 8, 99, torch.bfloat16, None, None, True),
+    (8192, 8, 98, torch.float32, "tf32", None, False), (8192, 8, 0, torch.float32, "tf32", None, False),
+    (5792, 8, 227, torch.float32, "tf32", None, False), (8192, 65, 227, torch.float32, "tf32", None, False),
+    (8192, 8, 227, torch.float32, "ieee", None, False), (8192, 8, 227, torch.float64, None, None, False),
+    (16, 8, 227, torch.float32, "tf32", 0, True), (16, 8, 227, torch.float32, "ieee", 0, False)])
+def test_auto_on_cuda(N, Cq, kib, dtype, precision, start, fused_wanted, monkeypatch):
+    """From 2^26 logits on, or from TRITON_FROM, with tensor cores; a chip without the room gets eager, not an error."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     taken = []
+    monkeypatch.setattr(A, "TRITON_FROM", 2 ** 26 if start is None else start)      # other tests may have set it
     monkeypatch.setattr(A, "_shared_kib", lambda device: kib)
     apply = lambda q, k, v, *_: taken.append(1) or torch.empty_like(v)             # noqa: E731
     monkeypatch.setattr(A, "Attention", SimpleNamespace(apply=apply))
     monkeypatch.setattr(A, "attention", lambda q, k, v: torch.empty_like(v))
     with FakeTensorMode():
-        q, v = torch.empty(2, Cq, N, device="cuda"), torch.empty(2, 16, N, device="cuda")
-        assert A.self_attention(q, q, v).shape == v.shape
-        assert A.self_attention(q, q, v, impl="eager").shape == v.shape
+        q, v = (torch.empty(2, c, N, device="cuda", dtype=dtype) for c in (Cq, 16))
+        assert A.self_attention(q, q, v, precision=precision).shape == v.shape
+        assert A.self_attention(q, q, v, precision=precision, impl="eager").shape == v.shape
         assert len(taken) == fused_wanted
-        if not fused_wanted and N != 255:
+        if kib < 99 or Cq > 64:
             with pytest.raises(RuntimeError, match="cannot run: (it needs a GPU|Cq)"):
                 A.self_attention(q, q, v, impl="triton")
 
@@ -570,12 +584,12 @@ ALIASED = {
     "q, k of v": lambda x, y, v: (x.tanh(), x * 0.5, x), "apart": lambda x, y, v: (x, y, v)}
 
 
-def derivatives_of_one(attend, pattern, N, dtype):
+def derivatives_of_one(attend, pattern, N, dtype, device="cpu"):
     """o, its gradient at all three tensors that q, k, v are made of, and the gradient of that gradient's square."""
     rng = torch.Generator().manual_seed(3)
     leaves = [(torch.randn(2, 8, N, generator=rng, dtype=torch.float64) * 0.5).to(dtype) for _ in range(4)]
     *leaves, g = leaves
-    leaves = [t.requires_grad_() for t in leaves]
+    leaves, g = [t.to(device).requires_grad_() for t in leaves], g.to(device)
     o = attend(*ALIASED[pattern](*leaves))
     first = torch.autograd.grad(o, leaves, g, create_graph=True, materialize_grads=True)
     second = torch.autograd.grad(sum(t.square().sum() for t in first), leaves, materialize_grads=True)
@@ -594,8 +608,8 @@ def test_tensors_that_are_made_of_one_another(pattern, N):
 @needs_triton
 @pytest.mark.parametrize("pattern", ALIASED)
 def test_tensors_that_are_made_of_one_another_in_triton(pattern, device):
-    truth = derivatives_of_one(A.attention, pattern, 12, torch.float64)
-    for x, y in zip(derivatives_of_one(fused, pattern, 12, torch.float64), truth):
+    truth = derivatives_of_one(A.attention, pattern, 12, torch.float64, device)
+    for x, y in zip(derivatives_of_one(fused, pattern, 12, torch.float64, device), truth):
         assert (x - y).abs().max() <= 1e-10 * y.abs().max() + 1e-12
 
 
@@ -737,11 +751,37 @@ def test_benchmark_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2 and len(said.splitlines()) == 1 and "2,16" in said
 
 
+def test_published_table_is_that_of_the_results():
+    """kernels/README.md against the benchmark's own rows."""
+    with (ROOT / "tests" / "results" / "h100-attention.csv").open() as f:
+        rows = {tuple(r[k] for k in ("Cq", "C", "N", "B", "precision", "phase", "graph", "impl")): r
+                for r in csv.DictReader(f)}
+    page = (ROOT / "kernels/README.md").read_text()
+    published = re.findall(r"^\| \((\d+), (\d+), (\d+)\) \| (\d+) \| (.*) \|$", page, re.M)
+    assert len(published) == 21
+    for *sizes, rest in published:
+        phase, eager, sdpa, ours, *ratios, peaks = rest.split(" | ")
+        found = {(graph, impl): rows[(*sizes, "tf32", phase, graph, impl)]
+                 for graph in ("True", "False") for impl in ("eager", "sdpa efficient", "ours")}
+        for said, impl in ((eager, "eager"), (sdpa, "sdpa efficient"), (ours, "ours")):
+            r = found["True", impl]
+            if said == "raises":
+                assert "raises" in r["note"]
+            else:
+                assert float(said) == pytest.approx(float(r["median_us"]), rel=6e-3)
+        for said, graph in zip(ratios, ("True", "False"), strict=True):
+            of, us = (float(found[graph, impl]["median_us"]) for impl in ("eager", "ours"))
+            assert float(said) == pytest.approx(of / us, abs=0.01)
+        for said, impl in zip(peaks.split(" / "), ("eager", "ours"), strict=True):
+            assert float(said) == pytest.approx(float(found["True", impl]["peak_mib"]), abs=0.51)
+
+
 # Compilation ----------------------------------------------------------------------------------------------------
 
-# Every row of TABLE at the widest it serves, WIDE likewise, and the branch with one chunk of C.
+# Every row of TABLE at the widest it serves, WIDE and HOPPER likewise, and the branches with one chunk of C.
 WORST = {"tf32": (32, 64), "half": (64, 64), "ieee": (32, 32), "double": (32, 32)}     # small: Cq, N
-TILED_SHAPES = [(64, 512, 256, ""), (32, 256, 256, "double_|rows"), (16, 64, 256, "double_q|rows|columns$")]
+TILED_SHAPES = [(64, 512, 256, ""), (32, 256, 256, "double_|rows"), (16, 64, 256, "double_q|rows|columns")]
+HOPPER_SHAPES = [(32, 512, 256, "tiled"), (16, 512, 256, "tiled"), (16, 128, 256, "tiled")]
 DTYPES = {"tf32": torch.float32, "half": torch.bfloat16, "ieee": torch.float32, "double": torch.float64}
 
 
@@ -764,12 +804,14 @@ def compile_all(sm):
     from triton.compiler import ASTSource
     types = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
     A._shared_kib = lambda device: A.SHARED_KIB
+    A._is_hopper = lambda device: sm >= 90
     A._load()
     done = set()
     for arith in DTYPES:
         Cq, N = WORST[arith]
         assert A._is_small(Cq, N, arith) and not A._is_small(2 * Cq, N, arith) | A._is_small(Cq, 2 * N, arith)
-        for Cq, C, N, only in [(Cq, 512, N, ""), *TILED_SHAPES]:
+        more = HOPPER_SHAPES if sm >= 90 and arith == "tf32" else []
+        for Cq, C, N, only in [(Cq, 512, N, ""), *TILED_SHAPES, *more]:
             for name, args, meta in launched(arith, Cq, C, N):
                 if not re.search(only, name) or (name, arith, str(meta)) in done:
                     continue
@@ -861,12 +903,13 @@ def test_memory_at_4096_positions():
 @needs_triton
 @pytest.mark.parametrize("shape, phase, graphs, at_least", [
     ((25, 32, 256, 64), "second backward", True, 3), ((25, 64, 512, 16), "second backward", True, 3),
-    ((64, 16, 128, 256), "forward", False, 2), ((64, 16, 128, 256), "forward+backward", False, 2),
+    ((64, 16, 128, 256), "forward", True, 2), ((64, 16, 128, 256), "forward+backward", True, 2),
     ((64, 8, 64, 1024), "forward", False, 2), ((64, 8, 64, 1024), "forward+backward", False, 2),
     ((25, 8, 64, 4096), "penalty", False, 5)])
 def test_speed_against_eager(shape, phase, graphs, at_least):
     B, *rest = shape
-    rows = bench_attention.measure(tuple(rest), B, phase, "tf32", graphs, milliseconds=200)
+    rows = bench_attention.measure(tuple(rest), B, phase, "tf32", graphs, milliseconds=200,
+                                   only=("eager", "sdpa efficient", "ours"))
     rows = {r["impl"]: r for r in rows}
     ours, eager = rows["ours"]["median_us"], rows["eager"]["median_us"]
     assert eager / ours >= at_least, rows
@@ -878,16 +921,22 @@ def test_speed_against_eager(shape, phase, graphs, at_least):
 
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
 @pytest.mark.parametrize("B", [25, 64])
-@pytest.mark.parametrize("shape", [(16, 128, 256), (8, 64, 1024), (8, 64, 4096)])
-@pytest.mark.parametrize("phase", ["forward", "forward+backward", "penalty"])
-def test_auto_is_never_slower_than_eager(shape, B, phase, precision):
-    rows = bench_attention.measure(shape, B, phase, precision, False, milliseconds=100, only=("eager", "ours"))
-    rows = {r["impl"]: r for r in rows}
-    if rows["eager"]["median_us"] is None:
-        pytest.skip("eager: " + rows["eager"]["note"])
-    assert rows["ours"]["median_us"] <= rows["eager"]["median_us"] * 1.02, rows
+@pytest.mark.parametrize("shape", [(32, 256, 64), (64, 512, 16), (16, 128, 256), (8, 64, 1024), (8, 64, 4096)])
+def test_auto_is_never_slower_than_eager(shape, B, precision, graph, monkeypatch):
+    """Where "auto" takes Triton, in a program that replays graphs or not, every phase is quicker by it."""
+    monkeypatch.setattr(A, "TRITON_FROM", 0 if graph else 2 ** 26)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    q = torch.empty(B, shape[0], shape[2], device="cuda", dtype=dtype)
+    if not A._pays(q, None if precision == "bf16" else precision):
+        return                              # "auto" is eager itself
+    for phase in ("forward", "forward+backward", "penalty"):
+        rows = bench_attention.measure(shape, B, phase, precision, graph, milliseconds=100, only=("eager", "ours"))
+        rows = {r["impl"]: r for r in rows}
+        if rows["eager"]["median_us"] is not None:          # out of memory else
+            assert rows["ours"]["median_us"] <= rows["eager"]["median_us"] * 1.02, rows
 
 
 @pytest.mark.gpu
