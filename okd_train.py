@@ -181,6 +181,8 @@ class Trainer:
         self.graph = None
         if cuda_graph and s.cuda_graph != "off":
             self.graph = self.step_graph(cuda_graph)
+            if not self.graph.why and (attention := kernel("attention")):
+                attention.TRITON_FROM = 0                           # a replay launches its kernels for next to nothing
 
     def step(self):
         """One step of every group -> {i: {"d": (loss, logs), "c": ..., "g": ...}}, tensors that the next overwrites."""
@@ -604,8 +606,7 @@ class Script:
     class-conditional. Losses see detached images, critics are frozen while the generator learns, and whatever a
     script draws by itself (dropout) is seeded, so that --resume stays exact. autocast = True: the losses may run
     under autocast with --precision bf16 and switch it off around a penalty; without it only the generator does.
-    channels_last = True: layers take weights and images in that memory layout (no .view of them), which is quicker on
-    the CPU.
+    channels_last = True: layers take weights and images in that memory layout (no .view of them), which is quicker.
     """
 
     def __init__(self, model, named_by=None):
@@ -702,7 +703,8 @@ class Script:
 
     def layout(self, device):
         """The memory format of weights and images on `device`: channels_last where it was measured to win."""
-        return torch.channels_last if self.channels_last and device.type == "cpu" else torch.contiguous_format
+        wins = self.channels_last and device.type in ("cpu", "cuda")
+        return torch.channels_last if wins else torch.contiguous_format
 
 
 def find_script(model):
@@ -2627,11 +2629,13 @@ def pick_device(name):
 
 
 def set_precision(s, device):
-    """Tell torch how fp32 numbers are multiplied; returns --precision or the device's default. bf16 is by autocast."""
+    """Tell torch how to multiply fp32 numbers, on a GPU with equal bits for equal input, without which no replay of a
+    step could be proven; returns --precision or the device's default. bf16 is by autocast."""
     precision = s.precision or ("tf32" if device.type == "cuda" else "fp32")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        torch.backends.cudnn.deterministic = True
     elif precision == "tf32":
         raise UserError(f"--precision tf32 is arithmetic of CUDA devices, and the device is {device.type}; "
                         "use fp32 or bf16")

@@ -162,7 +162,7 @@ class SelfAttention(nn.Module):
 
     def project(self, x):
         """x (B, C, H, W) -> q, k (B, C // 8, H*W), v (B, C, H*W)."""
-        return self.qkv(x).flatten(2).split(self.widths, 1)
+        return [part.flatten(2) for part in self.qkv(x).split(self.widths, 1)]      # so that gradients keep x's layout
 
     def attention_map(self, x):
         """x (B, C, H, W) -> (B, H*W, H*W): row j holds where position j looks; rows sum to 1."""

@@ -1860,5 +1860,6 @@ def test_gpu_features_agree_with_the_cpu(weights, precision, bound):
     got = fid.features(torch.from_numpy(images).cuda(), model=model, batch_size=8)
     assert torch.backends.cudnn.allow_tf32 == before
     assert np.abs(got - want).max() < bound * np.abs(want).max()
-    parts = [fid.features(images[i:i + 7], model=model, batch_size=8) for i in range(0, 20, 7)]
-    np.testing.assert_array_equal(np.concatenate(parts), got)
+    parts = np.concatenate([fid.features(images[i:i + 7], model=model, batch_size=8) for i in range(0, 20, 7)])
+    # In tf32 a sum that begins elsewhere in the batch may round an input of the next layer the other way.
+    assert np.abs(parts - got).max() <= (0 if precision == "fp32" else bound * np.abs(want).max())
