@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.utils.checkpoint
 
+import sagan
 from kernels import attention as A
 from kernels import bench_attention
 
@@ -306,6 +307,18 @@ def test_any_strides(family, device):
         for name, x, y in zip(NAMES, eight(fused, tensors[:4], tensors[4:]), want, strict=True):
             # A GPU's compiler orders a product's sums by the layout of what it loads.
             assert torch.equal(x, y) or device == "cuda" and (x - y).abs().max() < 1e-13, (columns[0][0], name)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_layer_keeps_its_memory_layout(layout, device, monkeypatch):
+    """What comes out of it and what goes back into its convolution: all else would be converted in every step."""
+    monkeypatch.setattr(sagan, "self_attention", fused)
+    layer, seen = sagan.SelfAttention(16).to(device, memory_format=layout), []
+    torch.nn.init.ones_(layer.gamma)
+    layer.qkv.register_forward_hook(lambda m, args, out: out.register_hook(seen.append) and None)
+    out = layer(torch.randn(2, 16, 4, 4, device=device).contiguous(memory_format=layout))
+    out.square().sum().backward()
+    assert out.is_contiguous(memory_format=layout) and seen[0].is_contiguous(memory_format=layout)
 
 
 def test_expanded_inputs(family, device):
