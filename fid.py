@@ -1204,7 +1204,7 @@ def features(images, weights=None, dims=2048, batch_size=50, workers=None, devic
              features="inception", precision="fp32", model=None, skip_bad=False, limits=None, upright=False,
              label=None):
     """Features (n, d) float32, a numpy array in the order of the images; batch_size and workers do not matter to them
-    (on a GPU in tf32 or bf16: but for its rounding).
+    (on a GPU in tf32: but for its rounding).
 
     images: a folder, an .npz file with images (arr_0), a list of paths, or a uint8 array or tensor (n, H, W, 3) or
     (n, 3, H, W) in 0..255 (on any device).

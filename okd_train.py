@@ -179,10 +179,10 @@ class Trainer:
         self.given = (cuda_graph or sys.modules[__name__]).Inputs(self.next_inputs(), device)
         self.use_given_rates()
         self.graph = None
+        self.launches_are_free(False)
         if cuda_graph and s.cuda_graph != "off":
+            self.launches_are_free(True)
             self.graph = self.step_graph(cuda_graph)
-            if not self.graph.why and (attention := kernel("attention")):
-                attention.TRITON_FROM = 0                           # a replay launches its kernels for next to nothing
 
     def step(self):
         """One step of every group -> {i: {"d": (loss, logs), "c": ..., "g": ...}}, tensors that the next overwrites."""
@@ -407,7 +407,13 @@ class Trainer:
             return f"the device is {self.device.type}"
         return None
 
+    def launches_are_free(self, on):
+        """Attention is by Triton at any size where a replay launches it; only large ones are where Python does."""
+        if attention := kernel("attention"):
+            attention.LAUNCHES_ARE_FREE = on
+
     def stay_eager(self, why):
+        self.launches_are_free(False)
         if self.s.cuda_graph == "on":
             raise UserError(f"--cuda-graph on: {why}; auto falls back to eager steps")
         for g in self.groups:
@@ -2629,8 +2635,8 @@ def pick_device(name):
 
 
 def set_precision(s, device):
-    """Tell torch how to multiply fp32 numbers, on a GPU with equal bits for equal input, without which no replay of a
-    step could be proven; returns --precision or the device's default. bf16 is by autocast."""
+    """Tell torch how to multiply fp32 numbers, and cuDNN to add them in one order, without which no replay of a step
+    can be proven equal; returns --precision or the device's default. bf16 is by autocast."""
     precision = s.precision or ("tf32" if device.type == "cuda" else "fp32")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")

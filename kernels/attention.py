@@ -55,10 +55,10 @@ import torch
 from torch.autograd import Function
 
 # ---------------------------------------------------------------------------------------------- settings
-# From so many logits (B N N) on "auto" takes Triton, where tensor cores multiply: below, to launch it takes longer than
-# to run it (kernels/README.md). A program that replays its steps from CUDA graphs, which launch for next to nothing,
-# sets 0.
+# From so many logits (B N N) on "auto" takes Triton, where tensor cores multiply: below, to launch it can take longer
+# than to run it (kernels/README.md).
 TRITON_FROM = 2 ** 26
+LAUNCHES_ARE_FREE = False       # to be set by a program that replays its steps from CUDA graphs: then whatever the size
 MAX_CQ = 64             # wider queries would need a loop over Cq too
 # On the CPU: below 256 positions a matrix is so small that the calls cost more than the products. Without AVX-512 the
 # fused form's backward pass lost at every shape (kernels/README.md), so there it is never used.
@@ -90,8 +90,8 @@ WIDE = {
     "tiled_double_g":        {"tf32": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
     "tiled_double_columns":  {"tf32": (32, 32, 32, 8, 1), "half": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1)},
 }
-# In tf32 on chips from Hopper on, the tiled ones where Cq <= 16: the quickest of some twenty rows a kernel on an H100,
-# at (8, 64, 4096), (16, 128, 256), (32, 256, 64) and (64, 512, 16).
+# In tf32 on Hopper, the tiled ones where Cq <= 16: chosen by timing 7 to 28 rows a kernel on an H100, at (8, 64, 4096),
+# (16, 128, 256), (32, 256, 64) and (64, 512, 16).
 HOPPER = {
     "small_backward":        (0, 0, 128, 4, 1),
     "small_double_backward": (0, 0, 128, 4, 1),
@@ -119,7 +119,7 @@ def self_attention(q, k, v, *, precision=None, impl="auto"):
             Gradients, and gradients through gradients, of q, k, v and of o's own gradient; a third derivative raises.
           "eager": plain PyTorch with ordinary autograd, O(B N N) memory; any device, any order of derivative.
           "auto": Triton where it is quicker and the chip has room for its kernels: on CUDA in tf32, bfloat16 or
-            float16, from TRITON_FROM logits (B N N) on; else eager.
+            float16, from TRITON_FROM logits (B N N) on, or wherever LAUNCHES_ARE_FREE; else eager.
           While torch.compile traces, every impl is eager.
     precision: of the Triton kernels' products in float32: "ieee" (no tensor cores), "tf32", or None, which follows
           torch.get_float32_matmul_precision(). The other dtypes ignore it, and so does eager, which obeys torch's own
@@ -190,7 +190,7 @@ def _check(q, k, v, precision, impl):
 
 def _pays(q, precision):
     """Whether Triton is quicker than eager for inputs like q."""
-    large = q.shape[0] * q.shape[2] ** 2 >= TRITON_FROM
+    large = LAUNCHES_ARE_FREE or q.shape[0] * q.shape[2] ** 2 >= TRITON_FROM
     return q.is_cuda and large and _arithmetic(q, precision) in ("tf32", "half")
 
 
@@ -455,7 +455,7 @@ def _row_of_table(name, arith, Cq, device):
 
 @functools.cache
 def _is_hopper(device):
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _start(name, grid, args, meta):
@@ -527,7 +527,7 @@ def _load():
 def small_forward(q, k, v, o, qb, qc, qn, kb, kc, kn, vb, vc, vn, Cq, C, N, BN: tl.constexpr, BQ: tl.constexpr,
                   BC: tl.constexpr, RAW: tl.constexpr, LAST: tl.constexpr, PREC: tl.constexpr, UP: tl.constexpr,
                   ACC: tl.constexpr):
-    """One image's o by chunks of C (axis 1), each of which makes P for itself: waiting costs more than that."""
+    """One chunk of C (axis 1) of one image's o. Each chunk makes P anew, which is quicker than one after the other."""
     b = tl.program_id(0).to(tl.int64)
     n, cq = tl.arange(0, BN), tl.arange(0, BQ)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -980,8 +980,8 @@ def _operand(x, like, PREC: tl.constexpr):
     """x as a product takes it, in like's type; for tf32 rounded to its 10 bits, because tensor cores cut the others off
     and that is twice the error. What is loaded is cut: to round it would take it out of the asynchronous copies."""
     if PREC == "tf32":
-        bits = x.to(tl.int32, bitcast=True) + 0x1000
-        return (bits & -0x2000).to(tl.float32, bitcast=True)
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)                       # NaN would overflow to 0
     else:
         return x.to(like.dtype)
 

@@ -250,7 +250,7 @@ def test_every_lever_changes_a_step_that_still_runs(photos, monkeypatch, capsys)
     levers = importlib.import_module("tests.bench_step")
     attention = okd_train.kernel("attention")
     changed = [(okd_train, name) for name in ("kernel", "NORMS_TOGETHER", "keep_freed_memory")]
-    changed += [(attention, "FUSED_FROM_N"), (attention, "TRITON_FROM"), (torch.backends.cudnn, "benchmark")]
+    changed += [(attention, "FUSED_FROM_N"), (attention, "LAUNCHES_ARE_FREE"), (torch.backends.cudnn, "benchmark")]
     monkeypatch.setattr(okd_train, "keep_freed_memory", lambda: None)
     for name in {**levers.WHOLE, **levers.LEVERS, **levers.GPU_LEVERS}:
         s, script, named = okd_train.parse([*TINY, "--groups", "2", "--data", str(photos)])

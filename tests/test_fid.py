@@ -1862,4 +1862,4 @@ def test_gpu_features_agree_with_the_cpu(weights, precision, bound):
     assert np.abs(got - want).max() < bound * np.abs(want).max()
     parts = np.concatenate([fid.features(images[i:i + 7], model=model, batch_size=8) for i in range(0, 20, 7)])
     # In tf32 a sum that begins elsewhere in the batch may round an input of the next layer the other way.
-    assert np.abs(parts - got).max() <= (0 if precision == "fp32" else bound * np.abs(want).max())
+    assert np.abs(parts - got).max() <= (2e-3 * np.abs(want).max() if precision == "tf32" else 0)
