@@ -341,11 +341,17 @@ def score_run(out, judge):
         photos = {"train": saved["data_digest"], "val": str(f["of"]), "test": judge.scores.of}
     keys = ["step", "mean", "union", *(f"G{i}" for i in files)]
     return {"step": s.steps, "settings": settings_of(s, script), "score": judge.scores.name, "photos": photos,
-            "seconds": round(log[-1]["seconds"]), "versions": saved.get("versions"), "git": saved.get("git"),
+            "seconds": round(trained_for(log)), "versions": saved.get("versions"), "git": saved.get("git"),
             "validation": [{k: line[k] for k in keys} for line in okd_train.score_lines(out, s.groups)],
             "chosen": {"best": best, **{f"G{i}": okd_train.load_file(path)["step"] for i, path in files.items()}},
             "groups": list(each.values()), "mean": mean, "best": each[best],
             "union": judge.marks(*map(np.concatenate, zip(*parts)))}
+
+
+def trained_for(log):
+    """Seconds of training by the lines of a log.jsonl, which count anew whenever a run goes on."""
+    seconds = [line["seconds"] for line in log]
+    return sum(now for now, then in zip(seconds, [*seconds[1:], 0]) if then < now)
 
 
 def apart(features):

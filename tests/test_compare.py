@@ -160,6 +160,11 @@ def test_seeds_are_the_pairs():
     assert compare.comparison(found, "ring", "single", "mean", "distance") is None
 
 
+def test_the_time_of_a_run_that_was_stopped_is_that_of_all_its_parts():
+    log = [{"seconds": s} for s in (1.0, 2.5, 4.0, 0.5, 3.0, 0.25)]
+    assert compare.trained_for(log) == 4.0 + 3.0 + 0.25 and compare.trained_for(log[:3]) == 4.0
+
+
 def test_published_tables_are_those_of_the_results(root):
     """The rows of tests/README.md on a study, and its answers to the two questions, come out of tests/results/."""
     page, files = " ".join((root / "tests/README.md").read_text().split()), sorted(root.glob("tests/results/*.jsonl"))
