@@ -179,9 +179,9 @@ class Trainer:
         self.given = (cuda_graph or sys.modules[__name__]).Inputs(self.next_inputs(), device)
         self.use_given_rates()
         self.graph = None
-        self.launches_are_free(False)
-        if cuda_graph and s.cuda_graph != "off":
-            self.launches_are_free(True)
+        wanted = bool(cuda_graph) and s.cuda_graph != "off"
+        self.launches_are_free(wanted)                              # until a capture is refused
+        if wanted:
             self.graph = self.step_graph(cuda_graph)
 
     def step(self):

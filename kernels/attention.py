@@ -90,8 +90,8 @@ WIDE = {
     "tiled_double_g":        {"tf32": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1), "double": (32, 16, 16, 8, 1)},
     "tiled_double_columns":  {"tf32": (32, 32, 32, 8, 1), "half": (64, 32, 64, 8, 1), "ieee": (32, 16, 32, 8, 1)},
 }
-# In tf32 on Hopper, the tiled ones where Cq <= 16: chosen by timing 7 to 28 rows a kernel on an H100, at (8, 64, 4096),
-# (16, 128, 256), (32, 256, 64) and (64, 512, 16).
+# In tf32 on Hopper, the tiled ones where Cq <= 16: chosen by time on an H100, at (8, 64, 4096), (16, 128, 256),
+# (32, 256, 64) and (64, 512, 16).
 HOPPER = {
     "small_backward":        (0, 0, 128, 4, 1),
     "small_double_backward": (0, 0, 128, 4, 1),

@@ -771,6 +771,9 @@ def test_benchmark_runs_on_the_cpu(tmp_path, monkeypatch, capsys):
     assert float(by["penalty", "eager"]["median_us"]) > 0 and float(by["penalty", "eager"]["vs_eager"]) == 1
     assert "needs a GPU" in by["penalty", "sdpa efficient"]["note"]
     assert by["penalty", "ours"]["median_us"] == "" and "GPU" in by["penalty", "ours"]["note"]
+    monkeypatch.setattr(sys, "argv", [*argv, "2,16,16", "--phases", "forward", "--rows", "sdpa math", "eager"])
+    bench_attention.main()
+    assert [r["impl"] for r in csv.DictReader(table.open())][len(rows):] == ["sdpa math", "eager"]
     monkeypatch.setattr(sys, "argv", [*argv, "2,16"])
     with pytest.raises(SystemExit) as stopped:
         bench_attention.main()
@@ -862,6 +865,19 @@ def compile_all(sm):
                 registers = re.search(r"Used (\d+) registers", log.getvalue())[1]
                 spills = re.search(r"(\d+) bytes spill stores", log.getvalue())[1]
                 print(name, arith, f"{Cq},{C},{N}", registers, spills, made.metadata.shared / 1024, flush=True)
+
+
+@pytest.mark.parametrize("capability, hopper", [((8, 0), False), ((9, 0), True), ((12, 0), False)])
+def test_rows_by_time_are_for_the_chip_and_widths_that_were_timed(capability, hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(A, "_is_hopper", A._is_hopper.__wrapped__)          # which remembers its answer
+    cuda = torch.device("cuda")
+    for name, arith, Cq, timed in (("tiled_rows", "tf32", 16, True), ("tiled_rows", "tf32", 17, False),
+                                   ("tiled_rows", "half", 8, False), ("small_backward", "tf32", 64, True),
+                                   ("small_forward", "tf32", 8, False), ("tiled_rows", "tf32", 33, False)):
+        old = A.WIDE[name][arith] if Cq > 32 and name in A.WIDE else A.TABLE[name][arith]
+        assert A._row_of_table(name, arith, Cq, cuda) == (A.HOPPER[name] if hopper and timed else old)
+        assert A._row_of_table(name, arith, Cq, torch.device("cpu")) == old
 
 
 @needs_triton
