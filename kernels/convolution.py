@@ -1,14 +1,14 @@
-"""A convolution whose second derivative runs at the speed of its first.
+"""A convolution whose second derivative runs at the speed of its first, and a LeakyReLU without one.
 
     from kernels.convolution import fast_second_derivative
-    fast_second_derivative(D)               # every nn.Conv2d in D; values and state_dict stay as they are
+    fast_second_derivative(D)               # every nn.Conv2d and nn.LeakyReLU in D; values and state_dict stay
 
 A gradient penalty differentiates the input gradient of a convolution with respect to its weight. That is once more an
 ordinary weight gradient, for which every library has a tuned kernel, but PyTorch computes it as a forward convolution
 of transposed tensors, with an output as large as a filter and a filter as large as an image. Here the input gradient is
 written as the transposed convolution that it is, and autograd then finds the right kernels by itself, in any order of
 derivative. The idea is that of Karras et al., Training Generative Adversarial Networks with Limited Data, 2020 (their
-conv2d_gradfix).
+conv2d_gradfix). The second derivative of a LeakyReLU is zero; PyTorch makes a tensor of zeros and adds it.
 """
 import functools
 
@@ -18,12 +18,14 @@ from torch.nn import functional as F
 
 
 def fast_second_derivative(net):
-    """Let every nn.Conv2d inside `net` compute by conv2d below, in place; parameters, hooks and state_dict stay.
+    """Let every nn.Conv2d and nn.LeakyReLU inside `net` compute as below; parameters, hooks and state_dict stay.
 
     Returns net, which may be copied and pickled. Left alone: padding by a word or in another mode than zeros, and
-    subclasses with a _conv_forward of their own.
+    subclasses with a _conv_forward of their own, or of LeakyReLU.
     """
     for m in net.modules():
+        if type(m) is nn.LeakyReLU:
+            m.forward = functools.partial(_leaky_relu, m)
         if getattr(type(m), "_conv_forward", None) is nn.Conv2d._conv_forward and _fits(m):
             m._conv_forward = functools.partial(_forward, m)
     return net
@@ -77,6 +79,13 @@ class _Conv2d(torch.autograd.Function):
                 rest.append(x.shape[2 + k] - reach)
             dx = F.conv_transpose2d(g, w, None, stride, padding, rest, groups, dilation)
         return dx, dw, db, None, None, None, None
+
+
+def _leaky_relu(m, x):
+    """What takes the place of m.forward: x as if it were a gradient, let through by its own sign, which is constant."""
+    if m.inplace:
+        return nn.LeakyReLU.forward(m, x)
+    return torch.ops.aten.leaky_relu_backward(x, x.detach(), m.negative_slope, False)
 
 
 def _wanted(node):

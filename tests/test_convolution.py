@@ -91,6 +91,35 @@ def test_first_derivatives_are_torchs_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*results)) and ours.state_dict().keys() == D.state_dict().keys()
 
 
+def test_a_leaky_relu_makes_no_zeros_in_a_penalty_and_the_same_bits():
+    class Zeros(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            self.made += f.overloadpacket.__name__ == "zeros_like"
+            return f(*args, **(kwargs or {}))
+
+    def run(net):
+        with Zeros() as zeros:
+            sagan.gradient_penalty(net, a, b, eps)[0].backward()
+        return zeros.made, [p.grad for p in net.parameters()]
+    torch.manual_seed(2)
+    a, b, eps = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32), torch.rand(2, 1, 1, 1)
+    D = fast_second_derivative(sagan.Discriminator(image_size=32, ch=4, spectral_norm="none"))
+    for m in D.modules():
+        if isinstance(m, sagan.SelfAttention):
+            nn.init.ones_(m.gamma)      # is curved: gradients come down from it
+    usual = copy.deepcopy(D)
+    for m in usual.modules():
+        if isinstance(m, nn.LeakyReLU):
+            del m.forward
+    (made, grads), (made_usual, grads_usual) = run(D), run(usual)
+    assert made == 0 and made_usual == sum(isinstance(m, nn.LeakyReLU) for m in D.modules()) > 0
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(grads, grads_usual, strict=True))
+    x = torch.tensor([float("nan"), -float("inf"), -2, -0.0, 0.0, 3, float("inf")])
+    torch.testing.assert_close(D.net[1](x), nn.LeakyReLU(0.1)(x), rtol=0, atol=0, equal_nan=True)
+
+
 def test_what_is_replaced_and_what_is_left_alone():
     class Own(nn.Conv2d):
         def _conv_forward(self, x, w, b):
@@ -105,6 +134,10 @@ def test_what_is_replaced_and_what_is_left_alone():
         assert net[0](x).grad_fn is None
     with torch.autocast("cpu", torch.bfloat16):
         assert net[0](x).dtype == torch.bfloat16
+    leaky, own = fast_second_derivative(nn.Sequential(nn.LeakyReLU(), type("Own", (nn.LeakyReLU,), {})()))
+    assert "forward" in vars(leaky) and "forward" not in vars(own)
+    leaky.inplace, y = True, torch.tensor([-1.0, 1.0])              # after it was prepared
+    assert leaky(y) is y and y[0] == -leaky.negative_slope
 
 
 def test_a_prepared_network_can_be_copied_pickled_and_changed():
