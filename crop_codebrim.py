@@ -330,9 +330,10 @@ def common_range(pool, photos):
     def look(photo):
         try:
             with open_photo(photo.path) as image:
-                found = extent(image) if is_deep(image) else None
-                usual_range([found] if found else [(0, 0, False)])
-                return found
+                if is_deep(image):
+                    found = extent(image)
+                    usual_range([found])
+                    return found
         except Exception:                                              # said where it is cut
             return None
     extents = list(filter(None, pool.map(look, photos)))
@@ -706,6 +707,8 @@ def read_photo(name, path, claims, exif, spelling, certain):
     with open_photo(path) as photo:
         width, height = photo.size
         turn = orientation(photo)
+        if photo.format == "TIFF":      # Pillow loads it turned and cuts from shown pixels: turned are the stored ones
+            turn, exif = {6: 8, 8: 6}.get(turn, turn), {"stored": "turned", "turned": "stored"}.get(exif)
     boxes, taken, names, skips, frame, n = {}, [], set(), [], "", -1
     certain = certain and not any(claim.reason for claim in claims)    # else a defect lies nobody knows where
     for claim in claims:
@@ -1197,6 +1200,8 @@ def class_lists(files):
             text = read_bytes(path, "list of classes", MAX_TEXT).decode("utf-8-sig", "replace")
         except Unusable as e:
             raise CropError(f"{name}: {e}")
+        if kind == "yaml" and re.search(r"^kpt_shape\s*:", text, re.M):
+            raise CropError(f"{name}: its lines hold key points (kpt_shape), which are no polygons: export boxes")
         names = yaml_names(text, name) if kind == "yaml" else dict(enumerate(map(str.strip, text.splitlines())))
         if names is not None:
             lists.append((name, names))
@@ -1371,7 +1376,8 @@ def examine(im, limits=None, declared=False):
     Pillow's decoders raise.
     """
     odd = {"several": 1} if im.format != "MPO" and getattr(im, "is_animated", False) else {}
-    wide = ";16" in str(im.tile)                # of colours: Pillow keeps their upper 8 bits, and no longer says so
+    # Of colours with 16 bits Pillow keeps the upper 8, and no longer says so; a BMP's 16 are those of a whole pixel.
+    wide = ";16" in str(im.tile) and im.format != "BMP"
     im.load()
     if is_deep(im):
         own = extent(im)
@@ -1383,10 +1389,8 @@ def examine(im, limits=None, declared=False):
     if im.has_transparency_data and not is_deep(im):
         alpha = (im if "A" in im.getbands() else im.convert("RGBA")).getchannel("A")
         odd.update({"transparent": 1} if alpha.getextrema()[0] < 255 else {})
-    try:
+    with contextlib.suppress(Exception):        # EXIF that is damaged turns nothing
         odd.update({"turned": TURNS[k] for k in [im.getexif().get(0x0112)] if k in TURNS})
-    except Exception:                           # EXIF that is damaged turns nothing
-        pass
     return limits, odd
 
 

@@ -150,9 +150,7 @@ def _factor(sigma):
     if largest == 0:
         return np.zeros((0, d))
     tol = d * np.finfo(np.float64).eps * diagonal.max()
-    c, pivots, rank, info = dpstrf(sigma, lower=1, tol=tol)
-    if info < 0:
-        raise FidError("sigma is no covariance: it is not finite")
+    c, pivots, rank, _ = dpstrf(sigma, lower=1, tol=tol)
     r = np.empty((rank, d))
     r[:, pivots - 1] = np.tril(c)[:, :rank].T
     if np.abs(diagonal - np.einsum("kd,kd->d", r, r)).max() > 1e-6 * diagonal.max():
@@ -753,8 +751,8 @@ def _download(file):
         socket.setdefaulttimeout(usual)
 
 
-def _needed_weights(path):
-    """find_weights for the command line, which has a way without."""
+def needed_weights(path=None):
+    """find_weights() for command lines, which have a way without."""
     try:
         return find_weights(path)
     except FidError as e:
@@ -947,9 +945,10 @@ def _extent(path):
         if head[:2] in (b"", b"\xff\xd8", b"BM", b"GI", b"RI") or head[1:4] == b"PNG" and head[24] <= 8:
             return None
         with _opened(path) as im:
-            found = extent(im) if is_deep(im) else None
-            usual_range([found] if found else [(0, 0, False)])
-            return found
+            if is_deep(im):
+                found = extent(im)
+                usual_range([found])
+                return found
     except Exception:                           # as in _rgb()
         return None
 
@@ -1088,7 +1087,8 @@ def examine(im, limits=None, declared=False):
     Pillow's decoders raise.
     """
     odd = {"several": 1} if im.format != "MPO" and getattr(im, "is_animated", False) else {}
-    wide = ";16" in str(im.tile)                # of colours: Pillow keeps their upper 8 bits, and no longer says so
+    # Of colours with 16 bits Pillow keeps the upper 8, and no longer says so; a BMP's 16 are those of a whole pixel.
+    wide = ";16" in str(im.tile) and im.format != "BMP"
     im.load()
     if is_deep(im):
         own = extent(im)
@@ -1100,10 +1100,8 @@ def examine(im, limits=None, declared=False):
     if im.has_transparency_data and not is_deep(im):
         alpha = (im if "A" in im.getbands() else im.convert("RGBA")).getchannel("A")
         odd.update({"transparent": 1} if alpha.getextrema()[0] < 255 else {})
-    try:
+    with contextlib.suppress(Exception):        # EXIF that is damaged turns nothing
         odd.update({"turned": TURNS[k] for k in [im.getexif().get(0x0112)] if k in TURNS})
-    except Exception:                           # EXIF that is damaged turns nothing
-        pass
     return limits, odd
 
 
@@ -1159,13 +1157,11 @@ def load_array(path):
         raise FidError(f"{path}: arr_0 is packed to burst: {packed} bytes that become {whole}")
     try:
         with np.load(path, allow_pickle=False) as f:
-            images = f["arr_0"]
-    except Exception as e:                      # zip, zlib and numpy raise a dozen types for a cut or hostile file
-        raise FidError(f"{path}: arr_0 cannot be read ({_in_brief(e)})") from None
-    try:
-        return _channels_last_array(images)
+            return _channels_last_array(f["arr_0"])
     except FidError as e:
         raise FidError(f"{path}: arr_0: {e}") from None
+    except Exception as e:                      # zip, zlib and numpy raise a dozen types for a cut or hostile file
+        raise FidError(f"{path}: arr_0 cannot be read ({_in_brief(e)})") from None
 
 
 def _arrays(path):
@@ -1700,7 +1696,7 @@ def _same_size(args, sides):
     if args.size or not real or len(set(fakes)) != 1 or fakes[0] in (None, real) or fakes[0][0] != fakes[0][1]:
         return
     n = fakes[0][0]
-    differ = f"REAL's images differ in size from FAKE's, {real[0]}x{real[1]} from {n}x{n}"
+    differ = f"REAL's images differ in size from FAKE's, {real[1]}x{real[0]} from {n}x{n}"
     if args.features == "random":
         args.size = n
         args.sizes = f"{differ}: all were read as okd_train.py reads them, the centre square, resized (--size {n})"
@@ -1710,16 +1706,11 @@ def _same_size(args, sides):
 
 
 def _first_size(side, rule):
-    """(width, height) of the first image of a side; None of statistics, and of what reading will name as bad."""
-    if side.images is None:
-        return None
-    if not isinstance(side.images, list):
-        return side.images.shape[2], side.images.shape[1]
-    try:
-        image, _ = read_image(side.images[0], rule)
-        return image.shape[1], image.shape[0]
-    except FidError:
-        return None
+    """(height, width) of the first image of a side; None of statistics, and of what reading will name as bad."""
+    if side.images is not None:
+        with contextlib.suppress(FidError):
+            first = side.images[0]
+            return (read_image(first, rule)[0] if isinstance(side.images, list) else first).shape[:2]
 
 
 def _check(args, sides, own=None):
@@ -1775,7 +1766,7 @@ def _read(args, sides, dims, resize, world, own=None):
     if all(s.said for s in sides):
         return _same_weights(sides)
     ranks = None
-    weights = _needed_weights(args.weights) if args.features == "inception" else None   # before all that takes time
+    weights = needed_weights(args.weights) if args.features == "inception" else None   # before all that takes time
     if world > 1:
         import torch.distributed as ranks
         try:
@@ -2033,10 +2024,6 @@ def _label(key, own):
     return f"{LABELS[key]} ({own})" if own else LABELS[key]
 
 
-def _heading(key, own):
-    return _label(key, own).replace("standard error", "s.e.")
-
-
 def _names(paths):
     """The shortest tails of the paths that differ."""
     for depth in range(1, 1 + max(len(p.parts) for p in paths)):
@@ -2056,7 +2043,7 @@ def _table(rows, own=None):
     """Lines of a table of (name, n, scores): a column per score."""
     keys = [k for k in rows[0][2] if k in LABELS]
     lines = [[name, str(n or "")] + [_number(k, scores.get(k)) for k in keys] for name, n, scores in rows]
-    return aligned([["", "n"] + [_heading(k, own) for k in keys]] + lines)
+    return aligned([["", "n"] + [_label(k, own).replace("standard error", "s.e.") for k in keys]] + lines)
 
 
 # ---------------------------------------------------------------------------------------------- main

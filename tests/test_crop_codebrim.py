@@ -527,6 +527,24 @@ def test_boxes_drawn_on_turned_photos_are_turned_back(tmp_path, turn):
     assert (kept == photos[0].boxes[0]) == (turn == 1 or turn >= 5)    # the size is proof for these
 
 
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_boxes_of_a_tiff_lie_where_pillow_has_turned_them(tmp_path, turn):
+    """Pillow loads a TIFF as it is shown: boxes drawn on shown pixels stay, boxes in stored ones are turned with it."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    whole = place_photo(300, 200)
+    photo_at(tmp_path, "a.tif", image=Image.fromarray(whole), exif=exif)
+    with Image.open(tmp_path / "a.tif") as image:
+        loaded = np.asarray(image)
+    for frame, drawn_on in (("stored", whole), ("turned", upright(whole, turn))):
+        voc_at(tmp_path, "a.xml", "", (21, 31, 124, 110, "Crack"), size=drawn_on.shape[1::-1])
+        inside = {tuple(v) for v in drawn_on[30:110, 20:124].reshape(-1, 3).tolist()}
+        for said in (frame, None)[:1 + (turn >= 5)]:                   # the size is proof for these
+            box = read_annotations(tmp_path, said)[0][0].boxes[0]
+            found = loaded[box.y0:box.y1, box.x0:box.x1].reshape(-1, 3)
+            assert {tuple(v) for v in found.tolist()} == inside, (frame, said)
+
+
 def test_sizes_that_say_stored_beside_a_turn(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -683,6 +701,14 @@ def test_names_of_a_yaml(text, names):
             cc.yaml_names(text, "data.yaml")
     else:
         assert cc.yaml_names(text, "data.yaml") == (names and dict(enumerate(names)))
+
+
+def test_key_points_are_not_taken_for_polygons(tmp_path):
+    photo_at(tmp_path, "a.png")
+    text_at(tmp_path, "a.txt", "0 .5 .5 .2 .2 .45 .45 2 .55 .55 2\n")
+    text_at(tmp_path, "data.yaml", "kpt_shape: [2, 3]\nnames: [Crack]\n")
+    with pytest.raises(CropError, match="data.yaml: its lines hold key points"):
+        read_annotations(tmp_path)
 
 
 def test_the_nearest_class_list_holds(tmp_path):

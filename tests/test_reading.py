@@ -77,6 +77,15 @@ def cmyk():
     return Image.frombytes("CMYK", (S, S), np.stack([c, m, y, k], 2).astype(np.uint8).tobytes()), want
 
 
+def bmp565():
+    """(file of 16 bits a pixel, 5 or 6 a colour, its pixels)."""
+    masks, lit = (0xF800, 0x07E0, 0x001F), RGB > 127
+    pixels = (lit * np.array(masks)).sum(2)[::-1].astype("<u2").tobytes()            # the lowest row comes first
+    header = struct.pack("<IiiHHIIiiII", 40, S, S, 1, 16, 3, len(pixels), 2835, 2835, 0, 0)
+    start = b"BM" + struct.pack("<IHHI", 66 + len(pixels), 0, 0, 66)
+    return start + header + struct.pack("<3I", *masks) + pixels, 255 * lit
+
+
 def table():
     """(file name, what is written: bytes or (image, settings), expected pixels, tolerance, word that is said)."""
     wide, wide_rgb = GREY * 257, RGB * 257 + R.integers(-100, 100, RGB.shape).clip(-RGB, 255 - RGB)
@@ -101,6 +110,7 @@ def table():
           for k, (v, low, high) in enumerate([(f, 0, 1), (f * 2 - 1, -1, 1), (f * 255, 0, 255), (f * 4095, 0, 4095)])),
         ("overshoot.tif", (picture(f * 1.1 - 0.05, np.float32), {}), grey(np.rint((f * 1.1 - 0.05).clip(0, 1) * 255)),
          "1 as white"),
+        ("565.bmp", *bmp565(), ""),
         ("palette.png", (palette(False), {}), COLOURS[GREY % 16], ""),
         ("palette.gif", (palette(False), {}), COLOURS[GREY % 16], ""),
         ("hole.png", (palette(True), {"transparency": 3}), COLOURS[GREY % 16], "1 images have transparent pixels"),
