@@ -272,11 +272,8 @@ def run(argv):
     photos = photos_of(args.real, paths, y, classes)
     rules = [fid.rule_for(files, args.range, args.upright) for files in (paths, fake_paths)]
     size = min(fid.read_image(fake_paths[0], rules[1])[0].shape[:2])
-    try:
-        model = fid.network(args.features, device=args.device)
-    except fid.FidError as e:
-        way_out = "; --features random needs no weights, for a rough look" if args.features == "inception" else ""
-        raise fid.FidError(f"{e}{way_out}") from None
+    weights = fid.needed_weights() if args.features == "inception" else None
+    model = fid.network(args.features, weights, device=args.device)
     (real, resized), (fake, _) = (read(name, files, size, model, rule)
                                   for name, files, rule in zip(("real", "fake"), (paths, fake_paths), rules))
     found = labels_hold(real, y, fake, fake_y, photos)

@@ -264,6 +264,7 @@ def what_next(run, step, short):
     s, out = run.s, shlex.quote(str(run.out))
     data = f" --data {shlex.quote(s.data)}" if s.data else ""
     anew = f"python okd_train.py --model {shlex.quote(run.saved['model'])} --groups {s.groups}{data} --out {out}-2"
+    anew += " --quick" if s.quick else f" --recipe {s.recipe}" if s.recipe else ""
     if short["Variety"].startswith("Lost"):
         rates = f"--g-lr {s.g_lr / 2:g} --d-lr {s.d_lr / 2:g}"
         return "Start anew", "at half the rates, or with more photos:", f"{anew} {rates}"
@@ -821,7 +822,7 @@ def closest(run):
     print(f"Comparing {fakes} with the {len(data.images)} training images, {kind} features.", flush=True)
     rows, blocks = [], []
     try:
-        real, _ = scorer.real(run.out)
+        real = scorer.real(run.out)[0] if s.fid_data is None else scorer.features(data.images, "real images")
         z = okd_train.draw(s.seed, 0, 0, "copies", "normal", (COPIES, s.z_dim))
         y = torch.arange(COPIES) % len(classes) if classes else None
         for i, G in generators.items():

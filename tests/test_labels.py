@@ -300,7 +300,7 @@ def test_photos_of_crops_are_read(call, scene, tmp_path, above):
     (["real", "good", "--features", "dinosaur"], "inception, random or a file"),
     (["real", "good", "--features", "none.py"], "none.py: no such file"),
     (["real", "good", "--features", ""], "--features is empty"),
-    (["real", "good", "--device", "toaster"], "toaster"),
+    (["real", "good", "--features", "random", "--device", "toaster"], "toaster"),
     (["real", "good", "--floor"], "see --help"),
 ])
 def test_mistakes_are_one_line(call, argv, words):

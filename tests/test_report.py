@@ -579,6 +579,10 @@ def test_the_verdict(acgan_run, tmp_path, monkeypatch):
     assert "Start anew" in told["Next"] and "--g-lr 5e-05 --d-lr 0.0002" in told["Next"]
     told = tell(out, monkeypatch, (0.3, 0.51, 0.4), [a_score(2, 0.52)], [thin[0], {"step": 2, "groups": [{}, {}]}])
     assert "Low in places." in told["Variety"] and "--recipe small" in told["Next"]
+    args = json.loads((out / "args.json").read_text())
+    (out / "args.json").write_text(json.dumps({**args, "settings": {**args["settings"], "recipe": "small"}}))
+    assert "--recipe small --g-lr" in tell(out, monkeypatch, (0, 0, 0), [], thin)["Next"]
+    (out / "args.json").write_text(json.dumps(args))
     told = tell(out, monkeypatch, (0, 0, 0), [a_score(2, 0.75)], [{"step": 1, "groups": 5}, *sound[:1]])
     assert "They hold in part." in told["Labels"] and "Train on" in told["Next"] and "--resume" in told["Next"]
 
@@ -642,7 +646,10 @@ def test_a_copying_generator_is_found(copied, monkeypatch):
     noisy = torch.randint(0, 256, (190, 3, 32, 32), dtype=torch.uint8)
     fakes = torch.cat([noisy, images[torch.randperm(16)[:10]]])
     monkeypatch.setattr(okd_train, "generate", lambda G, z, y=None: fakes.permute(0, 2, 3, 1).numpy())
+    run.s.fid_data = "elsewhere/"                                   # the photos that scores are against, kept there
+    (copied / "real_features.npz").write_bytes(b"of elsewhere/")
     ((_, *pair),), rows, kind = report.closest(run)
+    assert (copied / "real_features.npz").read_bytes() == b"of elsewhere/"
     assert rows[0][0] == "G1" and rows[0][1] >= 0.05 and rows[0][2] < 1e-3 < rows[1][2] and kind == "random"
     assert pair[0].shape == (10, 32, 32, 3) and np.array_equal(*pair)               # each above its real image
 
