@@ -78,6 +78,7 @@ def measure(s, script, n):
     okd_train.keep_freed_memory()
     device = okd_train.pick_device(s.device)
     precision = okd_train.set_precision(s, device)
+    flops, operations = count_work(script, s)   # before, as another trainer's steps say how attention is launched
     trainer = make_trainer(s, script, device)
     okd_train.probe(script, s, trainer.groups[0])
     for _ in range(WARM_UP):
@@ -86,7 +87,6 @@ def measure(s, script, n):
     eager = quantiles(clock.pace(step, n))
     peak = peak_memory(device)
     phases = time_phases(trainer, step, n)
-    flops, operations = count_work(script, s)
     matmul, convolutions = machine_rates(trainer, 10)
     if device.type == "cuda":
         operations, busy = gpu_trace(step, 5)

@@ -76,7 +76,7 @@ TRAINER_HPARAMS = dict(
 OWN_LOSS_HPARAMS = dict(lambda_gp=10.0)     # named by the losses below, for scripts that bring none
 
 # --quick: the recipe "small" at 32x32, as many steps as some minutes allow. At this size a step costs the number of its
-# operations, not their arithmetic, so a larger batch is nearly free. Only keys that the model script has are set.
+# operations, not their arithmetic, so a larger batch is nearly free. A script of one size only keeps its own.
 QUICK = dict(image_size=32, max_seconds=270, sample_every=250, save_every=500)
 SMALL = dict(ch=16, batch_size=16, g_lr=5e-4, d_lr=2e-3, c_lr=2.5e-4)       # "small" of scripts that bring no recipe
 
@@ -85,7 +85,8 @@ NORM_CHUNKS = 4                 # of CHUNK fakes, for the averages' BatchNorm st
 CHUNK = 50                      # images per forward when sampling: fixed, so that an image does not depend on how many
                                 # are asked for
 NORMS_TOGETHER = {"cuda"}       # devices on which a launch costs more than its work: spectral norms are made together
-TIMEOUT = datetime.timedelta(minutes=10)    # after which a rank that waits for another gives up
+TIMEOUT = datetime.timedelta(minutes=10)    # after which a rank that waits for another to start gives up
+PATIENCE = datetime.timedelta(days=1)       # the same later: one rank alone reads or scores; one that died is noticed
 LATE = 5                        # seconds after which another rank than the first tells of its error, if it still runs
 on_log = None                   # a function that is given every line (a dict) of log.jsonl and fid.jsonl; on rank 0
 
@@ -179,13 +180,12 @@ class Trainer:
         self.given = (cuda_graph or sys.modules[__name__]).Inputs(self.next_inputs(), device)
         self.use_given_rates()
         self.graph = None
-        wanted = bool(cuda_graph) and s.cuda_graph != "off"
-        self.launches_are_free(wanted)                              # until a capture is refused
-        if wanted:
+        if cuda_graph and s.cuda_graph != "off":
             self.graph = self.step_graph(cuda_graph)
 
     def step(self):
         """One step of every group -> {i: {"d": (loss, logs), "c": ..., "g": ...}}, tensors that the next overwrites."""
+        self.launches_are_free(bool(self.graph) and not self.graph.why)
         self.given.put(self.next_inputs())
         if self.graph:
             self.graph.step(key=bool(self.s.rho))                   # with rho 0 a step launches other kernels
@@ -1060,15 +1060,15 @@ class Ranks:
         store = meet()
         self.store = dist.PrefixStore(self.attempt(store), store)
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world, timeout=PATIENCE)
         for ranks in self.owners.values():      # every rank takes part in making every process group
-            made = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) > 1 else None
+            made = dist.new_group(ranks, timeout=PATIENCE) if len(ranks) > 1 else None
             if self.rank in ranks:
                 self.peers = made
         firsts = self.everyone(self.rank - self.local_rank)
         for first in sorted(set(firsts)):
             members = [r for r in range(self.world) if firsts[r] == first]
-            made = dist.new_group(members, timeout=TIMEOUT, backend="gloo")
+            made = dist.new_group(members, timeout=PATIENCE, backend="gloo")
             if self.rank in members:
                 self.node = made
 
@@ -1203,6 +1203,7 @@ def whole_batch_norm(m, group, x):
     if not m.training:
         return torch.nn.functional.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps)
     dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+    kind, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))        # autocast may have made it bf16
     count = torch.full((1,), x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
     total = SumOver.apply(torch.cat([x.sum(dims), count]), group)
     n, mean = total[-1].detach(), total[:-1] / total[-1].detach()
@@ -1215,7 +1216,7 @@ def whole_batch_norm(m, group, x):
             m.running_mean.lerp_(mean, rate)
             m.running_var.lerp_(var * n / (n - 1), rate)
     y = centred * (var + m.eps).rsqrt().view(shape)
-    return y if m.weight is None else y * m.weight.view(shape) + m.bias.view(shape)
+    return (y if m.weight is None else y * m.weight.view(shape) + m.bias.view(shape)).to(kind)
 
 
 def check_split(script, s, group):
@@ -2094,7 +2095,8 @@ def preset(s, script):
     known = {"small": SMALL, **script.recipes} if s.quick else script.recipes
     if s.recipe is not None and s.recipe not in known:
         raise UserError(f"--recipe {s.recipe}: {script.name} has {', '.join(known) or 'no recipes'}")
-    return {**known.get(s.recipe, {}), **(QUICK if s.quick else {})}
+    quick = {k: v for k, v in QUICK.items() if k != "image_size" or takes(script.Generator, k)} if s.quick else {}
+    return {**known.get(s.recipe, {}), **quick}
 
 
 def check_limits(s, script):
@@ -2127,8 +2129,8 @@ def fault(name, value):
 
 
 def is_range(value):
-    numbers = [v for v in value if isinstance(v, (int, float)) and math.isfinite(v)]
-    return len(numbers) == len(value) == 2 and value[0] < value[1]
+    numbers = len(value) == 2 and all(type(v) in (int, float) for v in value)
+    return numbers and -math.inf < value[0] < value[1] < math.inf
 
 
 def take_settings(s, script, named):
@@ -2264,7 +2266,7 @@ def train(s, script, named, changed, lock):
                 lock.take(say)
             saved = open_run(s, script, data, scores, out, agents)
             for left in (*out.glob(".*.tmp[0-9]*"), *out.glob("samples/.*.tmp[0-9]*")):
-                left.unlink()                                       # of saves that were killed
+                left.unlink(missing_ok=True)                        # of saves that were killed
     restore(trainer, saved, out)
     with ranks.together():
         owed = saved and mend_run(trainer, saved, out, say)         # on rank 0, others have none
@@ -2481,7 +2483,8 @@ def begin_run(s, script, trainer, scores, out, agents):
         (out / "samples").mkdir(parents=True, exist_ok=True)
         if not trainer.step_count:
             (out / "log.jsonl").write_bytes(b"")
-            (out / "fid.jsonl").unlink(missing_ok=True)             # of a run whose other files were deleted
+            for left in (out / "fid.jsonl", *out.glob("*.best.pt")):        # of a run whose other files were deleted
+                left.unlink(missing_ok=True)
     save_args(s, script, trainer.data, scores, out, agents)
     real_grid(trainer, out / "samples" / "real.png")
 
@@ -2626,9 +2629,10 @@ def pick_device(name):
         if device.type == "cuda":
             if device.index is None:                                # the second machine's rank 8 has local rank 0
                 local_rank = int(os.environ.get("LOCAL_RANK", 0))
-                device = torch.device("cuda", local_rank % torch.cuda.device_count())
-            torch.cuda.set_device(device)
+                device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
         torch.zeros(1, device=device).item()                        # "meta" has no values
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return device
     except Exception as e:
         raise UserError(f"--device {name} cannot be used here: {brief(e)}") from e

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import crop_codebrim
@@ -275,6 +276,7 @@ OKD = [
     (["--sample-every", "-5"], "--sample-every is -5"),
     (["--save-every", "0"], "--save-every is 0"),
     (["--device", "cuda:99"], "--device cuda:99"),
+    *([] if torch.cuda.is_available() else [(["--device", "cuda"], "CUDA"), (["--device", "cuda:0"], "CUDA")]),
     (["--device", "abacus"], "--device abacus"),
     (["--device", ""], "--device is empty"),
     (["--device", "meta"], "--device meta"),

@@ -166,6 +166,7 @@ def test_a_graph_is_captured_without_phases_and_timed_last(photos, capsys, monke
     def record_parts(graph):
         trainer = graph.parts[0][0].func.__self__
         assert "generate" not in vars(trainer) and trainer.step_count == bench.WARM_UP + 2 * 3
+        assert okd_train.kernel("attention").LAUNCHES_ARE_FREE      # whatever trainers were made since
         graph.graphs, graph.replays = ["a graph"], [part for part, _ in graph.parts]
         order.append("captured")
     monkeypatch.setattr(okd_train.Trainer, "obstacle", lambda self: None)

@@ -213,12 +213,14 @@ def test_a_failed_capture_leaves_an_eager_run(recorded, monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
     attention = okd_train.kernel("attention")
     monkeypatch.setattr(cuda_graph, "record", record)
-    a = recorded("--groups", "2", *TINY)
+    a, b = recorded("--groups", "2", *TINY), eager("--groups", "2", *TINY)
+    run_both(a, b, 2)
+    assert not attention.LAUNCHES_ARE_FREE                          # b was the last
+    a.step()
     assert attention.LAUNCHES_ARE_FREE
-    b = eager("--groups", "2", *TINY)
-    assert not attention.LAUNCHES_ARE_FREE
-    attention.LAUNCHES_ARE_FREE = True
-    run_both(a, b, 6)
+    b.step()
+    run_both(a, b, 3)
+    a.step()
     assert not attention.LAUNCHES_ARE_FREE
     assert not a.graph.graphs and "capturing it failed: RuntimeError: operation not permitted" in a.graph_note
 

@@ -808,7 +808,7 @@ from torch import nn
 hparams = dict(ch=8, g_lr=1e-3)
 recipes = dict(small=dict(ch=4, batch_size=6, flip=True), large=dict(ch=16))
 class Generator(nn.Module):
-    def __init__(self, ch=8):
+    def __init__(self, ch=8, image_size=64):
         super().__init__()
 class Discriminator(nn.Module):
     pass
@@ -836,6 +836,13 @@ def test_a_recipe_is_a_named_set_of_settings_and_flags_win(tmp_path):
     assert settled("--quick", "--recipe", "large").ch == 16
     with pytest.raises(okd_train.UserError, match="--recipe tiny: own has small, large"):
         settled("--recipe", "tiny")
+
+
+def test_quick_leaves_the_size_of_a_script_that_has_one_only(tmp_path):
+    (tmp_path / "own.py").write_text(RECIPES.replace(", image_size=64", ""))
+    s, script, named = okd_train.parse(["--model", str(tmp_path / "own.py"), "--quick"])
+    okd_train.settle(s, script, named)
+    assert (s.ch, s.image_size) == (4, 64)
 
 
 def test_quick_of_a_script_without_recipes_takes_the_trainers(tmp_path):

@@ -252,6 +252,17 @@ def test_the_ranks_of_a_group_act_as_one_batch(root, tmp_path, monkeypatch):
         check_parts(space["measure"](space["build"](*job)), [found[k] for found in of_ranks])
 
 
+def test_a_spread_batch_norm_takes_bf16_and_counts_in_fp32(monkeypatch):
+    monkeypatch.setattr(okd_train.SumOver, "apply", lambda x, group: x.clone())     # a group of one rank
+    torch.manual_seed(0)
+    m, x = torch.nn.BatchNorm2d(3), torch.randn(8, 3, 9, 9).bfloat16()
+    usual = torch.nn.BatchNorm2d(3)
+    want, y = usual(x), okd_train.whole_batch_norm(m, None, x)
+    assert y.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(y, want, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(m.state_dict(), usual.state_dict(), rtol=1e-5, atol=1e-6)
+
+
 def check_parts(whole, parts):
     """Whether what each rank found is what one process finds, and the ranks of a group never drift apart."""
     same = {}

@@ -160,6 +160,18 @@ def test_a_best_generator_that_cannot_be_had_again_is_said(calm, table, tmp_path
     assert text.count("lowest score") == 2 and step(out / "G2.best.pt") == 7
 
 
+def test_a_new_run_takes_no_best_generator_of_one_that_was_deleted(calm, table, tmp_path):
+    table.update({2: 2.0, 4: 4.0})
+    out, argv = tmp_path / "run", [*calm[1], "--steps", "4", "--out", tmp_path / "run"]
+    train(*argv, "--seed", "5")
+    for path in (out / "checkpoint.pt", out / "args.json", *out.glob("G?.pt")):
+        path.unlink()
+    old = torch.load(out / "G1.best.pt")["state_dict"]
+    train(*argv)
+    new = torch.load(out / "G1.best.pt")["state_dict"]
+    assert step(out / "G1.best.pt") == 2 and not all(torch.equal(old[k], new[k]) for k in new)
+
+
 def refused_by(program, capsys, out):
     (out / "G1.best.pt").write_bytes((out / "G2.best.pt").read_bytes())
     with pytest.raises(SystemExit):
