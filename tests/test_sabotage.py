@@ -11,6 +11,7 @@ import tempfile
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import okd_train
