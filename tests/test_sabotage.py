@@ -165,7 +165,7 @@ def test_a_new_run_takes_no_best_generator_of_one_that_was_deleted(calm, table, 
     table.update({2: 2.0, 4: 4.0})
     out, argv = tmp_path / "run", [*calm[1], "--steps", "4", "--out", tmp_path / "run"]
     train(*argv, "--seed", "5")
-    for path in (out / "checkpoint.pt", out / "args.json", *out.glob("G?.pt")):
+    for path in (out / "checkpoint.pt", out / "args.json", out / "log.jsonl", *out.glob("G?.pt")):
         path.unlink()
     old = torch.load(out / "G1.best.pt")["state_dict"]
     train(*argv)
