@@ -760,14 +760,10 @@ def needed_weights(path=None):
 
 
 def _digest(file):
-    h = hashlib.sha256()
     try:
-        with open(file, "rb") as f:
-            while block := f.read(1 << 20):
-                h.update(block)
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except OSError as e:
         raise FidError(f"{file}: cannot be read ({e.strerror})") from None
-    return h.hexdigest()
 
 
 def _device(device):
@@ -2049,11 +2045,11 @@ def _table(rows, own=None):
 # ---------------------------------------------------------------------------------------------- main
 def main(argv=None):
     """Run the command line; returns the exit status. 2 with one line on stderr for what the user can mend."""
-    shown, rank = warnings.showwarning, 0
-    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {str(message).splitlines()[0]}")
+    rank = 0
     try:
         rank, world = _ranks()
-        with standard_streams():
+        with warnings.catch_warnings(), standard_streams():
+            warnings.showwarning = lambda message, *_, **__: _say(f"warning: {str(message).splitlines()[0]}")
             _run(sys.argv[1:] if argv is None else argv, rank, world)
         return 0
     except BrokenPipeError:
@@ -2070,8 +2066,6 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
-    finally:
-        warnings.showwarning = shown
 
 
 @contextlib.contextmanager

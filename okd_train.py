@@ -42,6 +42,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 import unicodedata
 import uuid
 import warnings
@@ -148,13 +149,9 @@ class Group:
 
     def gammas(self):
         """{role: [gamma of each attention layer]}: every one-element parameter that is called gamma."""
-        found = {}
-        for role, n in self.nets.items():
-            layers = [p.detach().reshape(()) for name, p in n.net.named_parameters()
-                      if name.split(".")[-1] == "gamma" and p.numel() == 1]
-            if layers:
-                found[role] = layers
-        return found
+        found = {role: [p.item() for name, p in n.net.named_parameters()
+                        if name.split(".")[-1] == "gamma" and p.numel() == 1] for role, n in self.nets.items()}
+        return {role: values for role, values in found.items() if values}
 
 
 class Trainer:
@@ -445,22 +442,15 @@ class Trainer:
         return [torch.cat([state["exp_avg"].flatten() for state in n.opt.state.values()])
                 for g in self.groups for n in g.nets.values()]
 
-    def states(self):
-        """{i: all that moves in group i} of this process's groups, as plain tensors and dicts on the CPU."""
-        states = {}
-        for g in self.groups:
-            states[g.i] = {"ema": g.ema.state_dict()}
-            for role, n in g.nets.items():
-                states[g.i][role] = {"net": n.net.state_dict(), "opt": n.opt.state_dict()["state"]}
-        return on_cpu(states)
-
     def state(self):
-        """The content of checkpoint.pt, on rank 0; None elsewhere."""
-        groups = self.ranks.collect(self.states())
+        """The content of checkpoint.pt, plain tensors and dicts on the CPU, on rank 0; None elsewhere."""
+        mine = {g.i: {"ema": g.ema.state_dict(), **{role: {"net": n.net.state_dict(), "opt": n.opt.state_dict()["state"]}
+                                                    for role, n in g.nets.items()}} for g in self.groups}
+        groups = self.ranks.collect(on_cpu(mine))
         return groups and {"format": FORMAT, "step": self.step_count, "groups": [groups[i] for i in sorted(groups)]}
 
     def load_state(self, states, step):
-        """states {i: group state} as states() gives them."""
+        """states: {i: what state() has of group i}."""
         for g in self.groups:
             saved = states[g.i]
             g.ema.load_state_dict(saved["ema"])
@@ -503,10 +493,9 @@ class Network:
         betas, cuda = (s.beta1, s.beta2), self.params[0].is_cuda
         self.opt = torch.optim.Adam(self.params, lr=lr, betas=betas, fused=True, capturable=cuda)
         self.opt._warned_capturable_if_run_uncaptured = True        # no warning: the first steps must run uncaptured
-        lists = [m for m in net.modules() if isinstance(m, parametrize.ParametrizationList)]
-        self.parametrizations = [m for several in lists for m in several]
-        owners = [m for m in net.modules() if parametrize.is_parametrized(m)]
-        self.parametrized = [(m, name) for m in owners for name in m.parametrizations]
+        self.parametrized = [(m, name) for m in net.modules() if parametrize.is_parametrized(m)
+                             for name in m.parametrizations]
+        self.parametrizations = [p for m, name in self.parametrized for p in m.parametrizations[name]]
         batch_norm = torch.nn.modules.batchnorm._BatchNorm
         self.norms = [m for m in net.modules() if isinstance(m, batch_norm) and m.track_running_stats]
         if self.ranks:
@@ -735,15 +724,11 @@ def bind(f, settings):
 
 
 def where(error, path):
-    """'file:line: Type: message' of the deepest frame of `error` inside the file `path`."""
+    """'line N: Type: message' of the deepest frame of `error` inside the file `path`."""
     if isinstance(error, SyntaxError):
         return f"{f'line {error.lineno}: ' if error.lineno else ''}SyntaxError: {error.msg}"
-    line, tb = None, error.__traceback__
-    while tb:
-        if tb.tb_frame.f_code.co_filename == str(path):
-            line = tb.tb_lineno
-        tb = tb.tb_next
-    return f"{f'line {line}: ' if line else ''}{type(error).__name__}: {' '.join(str(error).split())}"
+    lines = [n for frame, n in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    return f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextlib.contextmanager
@@ -1304,14 +1289,14 @@ def settle_norms(G, s):
 
 
 @torch.inference_mode()
-def generate(G, z, y=None, chunk=CHUNK):
+def generate(G, z, y=None):
     """Images of a generator in eval mode: z (n, z_dim), y (n,) or None -> uint8 (n, H, W, 3)."""
     device = next(G.parameters()).device
     parts = []
     with parametrize.cached():
-        for k in range(0, len(z), chunk):
-            a = z[k:k + chunk].to(device)
-            parts.append(to_uint8(G(a) if y is None else G(a, y[k:k + chunk].to(device))))
+        for k in range(0, len(z), CHUNK):
+            a = z[k:k + CHUNK].to(device)
+            parts.append(to_uint8(G(a) if y is None else G(a, y[k:k + CHUNK].to(device))))
     return np.concatenate(parts)
 
 
@@ -2375,7 +2360,7 @@ def write_log(trainer, losses, out, seconds, rate):
         for role, (value, logs) in losses[g.i].items():
             row[f"{role}_loss"] = value.item()
             row.update({f"{role}_{name}": float(v) for name, v in logs.items()})
-        row["gamma"] = {role: [v.item() for v in values] for role, values in g.gammas().items()}
+        row["gamma"] = g.gammas()
         row.update({"variety": variety(trainer, g)} if with_variety else {})
         mine[g.i, ranks.part] = (ranks.share, row)
     rows = ranks.collect(mine)

@@ -123,21 +123,10 @@ class Run:
         found = [(i, okd_train.best_score(self.out, i, self.s.groups)) for i in range(1, self.s.groups + 1)]
         return min(((score[0], score[1], i) for i, score in found if score), default=None)
 
-    @functools.cached_property
-    def copies(self):
-        return closest(self)
-
-    @functools.cached_property
-    def curves(self):
-        return curves(self.out, f"{self.name}: {self.s.groups} x {self.script.name}")
-
-    @functools.cached_property
-    def interpolate(self):
-        return interpolation(self)
-
-    @functools.cached_property
-    def attention_maps(self):
-        return attention_maps(self)
+    copies = functools.cached_property(lambda run: closest(run))
+    curves = functools.cached_property(lambda run: curves(run.out, f"{run.name}: {run.s.groups} x {run.script.name}"))
+    interpolate = functools.cached_property(lambda run: interpolation(run))
+    attention_maps = functools.cached_property(lambda run: attention_maps(run))
 
 
 # ---------------------------------------------------------------------------------------------- the page
