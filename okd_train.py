@@ -444,8 +444,10 @@ class Trainer:
 
     def state(self):
         """The content of checkpoint.pt, plain tensors and dicts on the CPU, on rank 0; None elsewhere."""
-        mine = {g.i: {"ema": g.ema.state_dict(), **{role: {"net": n.net.state_dict(), "opt": n.opt.state_dict()["state"]}
-                                                    for role, n in g.nets.items()}} for g in self.groups}
+        mine = {}
+        for g in self.groups:
+            nets = {role: {"net": n.net.state_dict(), "opt": n.opt.state_dict()["state"]} for role, n in g.nets.items()}
+            mine[g.i] = {"ema": g.ema.state_dict(), **nets}
         groups = self.ranks.collect(on_cpu(mine))
         return groups and {"format": FORMAT, "step": self.step_count, "groups": [groups[i] for i in sorted(groups)]}
 

@@ -174,9 +174,10 @@ def test_published_tables_are_those_of_the_results(root):
         results = {(line["arm"], line["seed"]): line for line in lines}
         assert len(results) == len(lines) and f"`{file.relative_to(root)}`" in page
         found = SimpleNamespace(arms=dict.fromkeys(arm for arm, _ in results), results=results, runs=list(results))
+        labels = ["labels"] * ("labels" in lines[0]["mean"])
         for row in compare.rows_of_arms(found, "distance"):
             further = [compare.mean_and_deviation(list(compare.values(results, row[0], "mean", score).values()))
-                       for score in ("kid", "coverage", "variety", "apart")]
+                       for score in ("kid", "coverage", "variety", *labels, "apart")]
             assert " ".join(f"| {' | '.join(map(str, [*row, *further]))} |".split()) in page, file
         answers = [line for line in compare.findings(found) if re.match("ring against (alone|single), mean: ", line)]
         assert len(answers) == 2 and all(answer in page for answer in answers), answers
