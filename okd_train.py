@@ -2400,7 +2400,9 @@ def say_goodbye(trainer, s, out, scores, progress, signalled, seconds):
 
 
 def holds_run(out):
-    return any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl"))
+    """Whether a new run would meet files of another; a best generator would even pass for its own."""
+    return any((out / name).exists() for name in ("args.json", "checkpoint.pt", "log.jsonl")) or any(
+        out.glob("G*.best.pt"))
 
 
 def open_run(s, script, data, scores, out, agents):
@@ -2470,8 +2472,7 @@ def begin_run(s, script, trainer, scores, out, agents):
         (out / "samples").mkdir(parents=True, exist_ok=True)
         if not trainer.step_count:
             (out / "log.jsonl").write_bytes(b"")
-            for left in (out / "fid.jsonl", *out.glob("*.best.pt")):        # of a run whose other files were deleted
-                left.unlink(missing_ok=True)
+            (out / "fid.jsonl").unlink(missing_ok=True)             # of a run whose other files were deleted
     save_args(s, script, trainer.data, scores, out, agents)
     real_grid(trainer, out / "samples" / "real.png")
 
