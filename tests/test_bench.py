@@ -298,6 +298,7 @@ def no_pair(monkeypatch):
 def test_check_on_a_machine_that_is_ready(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(photos.parent))      # torch's own, made if nothing made it before
     Image.new("RGB", (20, 32)).save(photos / "Crack" / "small.png")
     try:
         status, table, last = checked(capsys, "--model", "acgan", "--data", photos, *TINY, "--groups", "3",
