@@ -32,7 +32,8 @@ def fast_second_derivative(net):
 
 
 def _fits(m):
-    return m.padding_mode == "zeros" and not isinstance(m.padding, str)
+    pairs = all(isinstance(number, tuple) for number in (m.stride, m.padding, m.dilation))
+    return m.padding_mode == "zeros" and pairs
 
 
 def _forward(m, x, w, b):
@@ -45,13 +46,24 @@ def _forward(m, x, w, b):
 def conv2d(x, w, b=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
     """torch.nn.functional.conv2d for pairs of int, with quick second derivatives; any order of derivative is exact.
 
-    x (B, Cin, H, W), w (Cout, Cin / groups, kh, kw), b (Cout,) or None -> (B, Cout, H', W'). Without gradients, and
-    under autocast, it is torch's own.
+    x (B, Cin, H, W), w (Cout, Cin / groups, kh, kw), b (Cout,) or None -> (B, Cout, H', W'). It is torch's own without
+    gradients, under autocast, torch.compile, torch.func, forward mode, of complex numbers and of one image (C, H, W).
     """
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    if _left_to_torch(x):
         return F.conv2d(x, w, b, stride, padding, dilation, groups)
-    # Views, because the engine tells whether a gradient is wanted only of nodes that are no leaves.
-    return _Conv2d.apply(*(t if t is None else t.view_as(t) for t in (x, w, b)), stride, padding, dilation, groups)
+    # Other nodes, because the engine tells whether a gradient is wanted only of nodes that are no leaves. Not view_as,
+    # which gives a dimension of size 1 another stride, and the memory layout is lost.
+    x, w, b = (t if t is None else torch.ops.aten.alias(t) for t in (x, w, b))
+    return _Conv2d.apply(x, w, b, stride, padding, dilation, groups)
+
+
+def _left_to_torch(x):
+    """Whether x is one that no second derivative is taken of, or that a Function cannot take."""
+    if not torch.is_grad_enabled() or x.dim() != 4 or x.is_complex() or x.is_meta:
+        return True
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return traced or forward_mode or torch.is_autocast_enabled(x.device.type)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -77,7 +89,8 @@ class _Conv2d(torch.autograd.Function):
             for k in (0, 1):
                 reach = (g.shape[2 + k] - 1) * stride[k] + dilation[k] * (w.shape[2 + k] - 1) + 1 - 2 * padding[k]
                 rest.append(x.shape[2 + k] - reach)
-            dx = F.conv_transpose2d(g, w, None, stride, padding, rest, groups, dilation)
+            with torch.autocast(g.device.type, enabled=False):  # as torch's own, which knows no autocast
+                dx = F.conv_transpose2d(g, w, None, stride, padding, rest, groups, dilation)
         return dx, dw, db, None, None, None, None
 
 

@@ -140,6 +140,69 @@ def test_what_is_replaced_and_what_is_left_alone():
     assert leaky(y) is y and y[0] == -leaky.negative_slope
 
 
+def layers(prepared, **kind):
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1, **kind), nn.LeakyReLU(0.1), nn.Conv2d(4, 2, 3, **kind))
+    return fast_second_derivative(net) if prepared else net
+
+
+def forward_mode(net, x):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, x.cos()))).tangent
+
+
+def integer_stride(net, x):
+    net[0].stride = 2
+    return torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
+
+
+def backward_under_autocast(net, x):
+    y = net(x).square().sum()
+    with torch.autocast("cpu"):
+        return torch.autograd.grad(y, x, create_graph=True)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("use", [
+    lambda net, x: torch.autograd.grad(net(x[0]).square().sum(), [x, *net.parameters()], create_graph=True),
+    lambda net, x: torch.func.vmap(lambda one: net(one[None])[0])(x),
+    lambda net, x: torch.func.vmap(torch.func.grad(lambda one: net(one[None]).square().sum()))(x),
+    lambda net, x: torch.jit.trace(net, x)(x),
+    lambda net, x: torch.compile(net, backend="eager", fullgraph=True)(x),
+    lambda net, x: torch.zeros(net.to("meta")(x.to("meta")).shape),
+    forward_mode, integer_stride, backward_under_autocast])
+def test_what_a_plain_layer_can_a_prepared_one_can(use):
+    results = []
+    for prepared in (False, True):
+        torch.manual_seed(4)
+        results.append(use(layers(prepared), torch.randn(2, 2, 11, 11, requires_grad=True)))
+    torch.testing.assert_close(*results)
+
+
+def test_complex_numbers_have_torchs_gradient():
+    results = []
+    for prepared in (False, True):
+        net = layers(prepared, dtype=torch.complex64)[0]
+        x = torch.linspace(-1, 1, 50, dtype=torch.complex64).view(1, 2, 5, 5).requires_grad_()
+        results.append([torch.autograd.grad(net(x).abs().sum(), x, create_graph=on)[0] for on in (False, True)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("cin, cout, batch", [(1, 8, 3), (4, 1, 3), (4, 8, 1)])
+def test_dimensions_of_size_one_keep_the_memory_layout_and_torchs_bits(cin, cout, batch):
+    results = []
+    for prepared in (False, True):
+        torch.manual_seed(5)
+        net = nn.Conv2d(cin, cout, 3, padding=1).to(memory_format=torch.channels_last)
+        net = fast_second_derivative(net) if prepared else net
+        x = torch.randn(batch, cin, 6, 7).to(memory_format=torch.channels_last).requires_grad_()
+        y = net(x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, net.weight, net.bias])])
+    for plain, ours in zip(*results):
+        assert torch.equal(plain, ours) and plain.stride() == ours.stride()
+    net.double()(x.detach().double().requires_grad_()).sum().backward()
+
+
 def test_a_prepared_network_can_be_copied_pickled_and_changed():
     net = fast_second_derivative(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3)))
     x, (other, loaded) = torch.randn(1, 2, 6, 6), (copy.deepcopy(net), pickle.loads(pickle.dumps(net)))
