@@ -43,7 +43,7 @@ class SpectralNorms:
         """Inside, layer.weight is one tensor, made with those of all layers when the first is asked for.
 
         A power iteration moves u and v before, if the parametrization is in training mode. Leave the context before the
-        parameters change.
+        parameters change, or begin to require a gradient.
         """
         if self.made is not None:                                   # one inside another
             yield
@@ -89,7 +89,8 @@ class SpectralNorms:
                 for w, v, row in zip(matrices, kept[n:], products):
                     torch.mv(w, v, out=row[:len(w)])
                 sigmas = (products * us).sum(1)
-        return _Normed.apply([p.dim for p in norms], us, vs, sigmas, *weights)
+        with torch.enable_grad():                                   # the first use may want none, a later one may
+            return _Normed.apply([p.dim for p in norms], us, vs, sigmas, *weights)
 
 
 class _Normed(Function):
@@ -114,6 +115,7 @@ class _Normed(Function):
                     out.append(None)
                     continue
                 u, v = _laid_out(w, dim, u, v)
+                w = w.view_as(w)                                    # or else hooks of the parameter ran here, too
                 out += torch.autograd.grad(w / (w * u * v).sum(), w, g, create_graph=True)
             return *[None] * 4, *out
         shares = torch.stack([_dot(g, w) for g, w in zip(grads, weights)]) / sigmas

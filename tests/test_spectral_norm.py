@@ -93,6 +93,25 @@ def test_second_derivatives_with_respect_to_weights(training):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_a_parameters_hook_runs_once():
+    net = odd()
+    seen = []
+    net.d.parametrizations.weight.original.register_hook(seen.append)
+    with SpectralNorms(net)():
+        torch.autograd.grad(net(torch.randn(2, 3, 8, 8).double()).sum(), net.d.parametrizations.weight.original,
+                            create_graph=True)
+    assert len(seen) == 1
+
+
+def test_a_first_look_without_gradients_takes_none_from_a_later_one():
+    net, x = odd(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with SpectralNorms(net)():
+        with torch.no_grad():
+            net(x)
+        net(x).square().sum().backward()
+    assert all(m.parametrizations.weight.original.grad is not None for m in (net.a, net.b, net.c, net.d))
+
+
 def test_largest_singular_values_become_one():
     net = odd()
     norms = SpectralNorms(net)
