@@ -48,8 +48,8 @@ cancelling digits (gQ off by 0.9 against 1e-3 at a mean of 30). bf16 and fp16 ta
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
+import threading
 
 import torch
 from torch.autograd import Function
@@ -117,20 +117,22 @@ def self_attention(q, k, v, *, precision=None, impl="auto"):
     impl: "triton": fused kernels, O(B N (Cq + C)) memory, on a CUDA device of capability >= 8.0; bit-deterministic,
             no synchronisation, may be captured in a CUDA graph after one call with the same shapes.
             Gradients, and gradients through gradients, of q, k, v and of o's own gradient; a third derivative raises.
+            Keys count from their mean over the positions: some of 1e4 times the others' size, as of a mask made of
+            numbers, take digits from all, down to none at 1e9. Not so "eager".
           "eager": plain PyTorch with ordinary autograd, O(B N N) memory; any device, any order of derivative.
           "auto": Triton where it is quicker and the chip has room for its kernels: on CUDA in tf32, bfloat16 or
             float16, from TRITON_FROM logits (B N N) on, or wherever LAUNCHES_ARE_FREE; else eager.
-          While torch.compile traces, every impl is eager.
+          While torch.compile traces, every impl is eager; under torch.func, torch.jit.trace and in forward mode "auto".
     precision: of the Triton kernels' products in float32: "ieee" (no tensor cores), "tf32", or None, which follows
           torch.get_float32_matmul_precision(). The other dtypes ignore it, and so does eager, which obeys torch's own
           setting. Half-precision inputs are multiplied as they are; sums and softmax are in float32.
 
     Raises ValueError for shapes, dtypes, devices or options that do not fit, RuntimeError if impl="triton" cannot run
-    here. Not supported by "triton": torch.func transforms, forward-mode derivatives, autocast (inputs are used in their
-    own dtype).
+    here. Not supported by "triton": torch.func transforms, batched gradients, forward mode, autocast (it computes in
+    the inputs' dtype).
     """
     _check(q, k, v, precision, impl)
-    if torch.compiler.is_compiling() or not v.numel() or impl == "auto" and not _pays(q, precision):
+    if torch.compiler.is_compiling() or not v.numel() or impl == "auto" and (_transformed() or not _pays(q, precision)):
         impl = "eager"
     if impl != "eager":
         arith = _arithmetic(q, precision)
@@ -142,10 +144,16 @@ def self_attention(q, k, v, *, precision=None, impl="auto"):
     return attention(q, k, v) if q.is_cuda else attention_cpu(q, k, v)
 
 
+def _transformed():
+    """Whether a trace, which would freeze a loop over the batch, or a transform without rules for a Function runs."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def refusal(q):
     """Why the Triton kernels cannot run inputs like q (B, Cq, N) on its device: words; None if they can."""
     if not _have_triton():
-        return "the package triton is not installed"
+        return "the package triton is not installed, or older than 3.4"
     if q.shape[1] > MAX_CQ:
         return f"Cq = {q.shape[1]} is above {MAX_CQ}"
     if q.is_cuda:
@@ -160,7 +168,11 @@ def refusal(q):
 
 @functools.cache
 def _have_triton():
-    return importlib.util.find_spec("triton") is not None
+    try:
+        import triton
+    except ImportError:
+        return False
+    return hasattr(triton, "knobs")     # of 3.4
 
 
 @functools.cache
@@ -259,9 +271,9 @@ except AttributeError:
 
 def attention_cpu(q, k, v):
     """The quickest form on a CPU: fused in float32 from FUSED_FROM_N positions on, else blocked."""
-    # Traces would freeze its loop over the batch, and torch.func has no rule for a Function.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    if _linear is None or traced or q.dtype != torch.float32 or q.shape[2] < FUSED_FROM_N:
+    if _transformed() or not v.numel():
+        return attention(q, k, v)
+    if _linear is None or q.dtype != torch.float32 or q.shape[2] < FUSED_FROM_N:
         return attention_blocked(q, k, v)
     return attention_fused(q, k, v)
 
@@ -289,7 +301,7 @@ def attention_blocked(q, k, v):
 
 
 class _Fused(Function):
-    """Attention image by image, so that its N x N matrices stay in the cache and none is kept for the backward pass.
+    """Attention image by image: only the N x N matrices of one are there, and none is kept for the backward pass.
 
     A second derivative is autograd's, of the blocked form.
     """
@@ -305,6 +317,8 @@ class _Fused(Function):
     @staticmethod
     def backward(ctx, g):
         q, k, v = ctx.saved_tensors
+        if torch._C._functorch.is_legacy_batchedtensor(g) or torch._C._functorch.is_batchedtensor(g):
+            return first_derivatives(q, k, v, g)
         if torch.is_grad_enabled():
             # Views: where k is q, or made of q, a gradient asked at q itself would take in the way through k.
             views = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (q, k, v)]
@@ -396,7 +410,7 @@ class AttentionDoubleBackward(Function):
     def forward(ctx, a, b, e, arith, last, q, k, v, g, *kept):
         B, Cq, N = q.shape
         sizes = B, Cq, v.shape[1], N, last
-        a, b, e = a.contiguous(), b.contiguous(), e.contiguous()
+        a, b, e = (t.resolve_neg().contiguous() for t in (a, b, e))
         gq, gk, gv, gg = (_new(t, last) for t in (q, q, v, v))
         if kept:
             k0, kp, top, inv, d = kept
@@ -424,26 +438,19 @@ def _launch(name, arith, args, B, Cq, C, N, last):
     rows, step, chunk, warps, stages = _row_of_table(name, arith, Cq, args[0].device)
     chunk = min(chunk, _power_of_two(C))
     chunks = -(-C // chunk)
-    meta = dict(BQ=_power_of_two(Cq), BC=chunk, LAST=last, PREC="tf32" if arith == "tf32" else "ieee",
-                UP=arith == "half" and bool(triton.knobs.runtime.interpret),
-                ACC=tl.float64 if arith == "double" else tl.float32,
-                num_warps=warps, num_stages=stages, enable_fp_fusion=True)
-    if name.startswith("small"):
-        grid = (B, chunks if name == "small_forward" else 1 + chunks)
-        meta.update(BN=_power_of_two(N), RAW=arith == "half")
-    else:
-        meta.update(BI=rows, BJ=step, LOG2E=1.0 if arith in ("ieee", "double") else 1.4426950408889634)
-        grid = (B * -(-N // rows),)
-        if name in ("tiled_rows", "tiled_columns", "tiled_double_q", "tiled_double_columns"):
-            meta.update(ONE=chunks == 1)
-        if name in ("tiled_rows", "tiled_double_q"):
-            meta.update(RAW=arith == "half")
-        if name == "tiled_double_q":
-            meta.update(PART=min(32, meta["BQ"]) if arith == "double" else meta["BQ"])
-        if name in ("tiled_forward", "tiled_double_g"):
-            grid += (chunks,)
-        if name in ("tiled_columns", "tiled_double_columns") and chunks > 1:
-            grid += (1 + chunks,)
+    small, queries = name.startswith("small"), _power_of_two(Cq)
+    meta = dict(BN=_power_of_two(N), BI=rows, BJ=step, BQ=queries, BC=chunk, ONE=chunks == 1, LAST=last,
+                PART=min(32, queries) if arith == "double" else queries, RAW=arith == "half",
+                LOG2E=1.0 if arith in ("ieee", "double") else 1.4426950408889634,
+                PREC="tf32" if arith == "tf32" else "ieee", UP=arith == "half" and bool(triton.knobs.runtime.interpret),
+                ACC=tl.float64 if arith == "double" else tl.float32)
+    meta = {key: value for key, value in meta.items() if key in globals()[name].arg_names}
+    meta.update(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    grid = (B if small else B * -(-N // rows),)
+    if name in ("small_forward", "tiled_forward", "tiled_double_g"):
+        grid += (chunks,)
+    elif small or chunks > 1 and name in ("tiled_columns", "tiled_double_columns"):
+        grid += (1 + chunks,)
     _start(name, grid, (*args, Cq, C, N), meta)
 
 
@@ -480,6 +487,7 @@ def _strides(*tensors):
 
 def _small_offsets(t):
     """t itself, or a copy where offsets inside one image would overflow the kernels' 32-bit index arithmetic."""
+    t = t.resolve_neg()                 # a tensor may be the negative of what lies in memory
     reach = (t.shape[1] - 1) * t.stride(1) + (t.shape[2] - 1) * t.stride(2)
     return t if reach < 2**31 else t.contiguous()
 
@@ -506,6 +514,7 @@ def _row(q, arith):
 # ---------------------------------------------------------------------------------------------- kernels
 # They are jitted by _load() at the first launch: importing this file imports no Triton.
 _KERNELS = []
+_LOADING = threading.Lock()
 
 
 def _jit(fn):
@@ -518,9 +527,10 @@ def _load():
     global triton, tl
     import triton
     import triton.language as tl
-    while _KERNELS:
-        name = _KERNELS.pop(0)
-        globals()[name] = triton.jit(globals()[name])
+    with _LOADING:                      # threads of nn.DataParallel come together
+        while _KERNELS:
+            name = _KERNELS.pop(0)
+            globals()[name] = triton.jit(globals()[name])
 
 
 @_jit

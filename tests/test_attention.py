@@ -12,6 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
+import types
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -335,6 +338,19 @@ def test_expanded_inputs(family, device):
         assert (x - y).abs().max() < 1e-12 * max(1, y.abs().max())
 
 
+def test_the_negative_of_what_lies_in_memory(family, device):
+    def flipped(t):
+        """t as the imaginary part of a conjugate: its memory holds -t."""
+        out = torch.complex(torch.zeros_like(t), -t).conj().imag
+        assert out.is_neg() and torch.equal(out, t)
+        return out
+    leaves, back = inputs(2, 4, 20, 20, dtype=torch.float32, device=device)
+    want = eight(fused, leaves, back)
+    leaves = [flipped(t.detach()).requires_grad_() for t in leaves]
+    for name, x, y in zip(NAMES, eight(fused, leaves, [flipped(t.detach()) for t in back]), want, strict=True):
+        torch.testing.assert_close(x, y, msg=name)
+
+
 def test_offsets_beyond_32_bits_are_copied():
     far = torch.empty_strided((2, 2, 3), (1, 2**31, 4), device="meta")
     near = torch.empty_strided((2, 2, 3), (2**31, 2**31 - 9, 4), device="meta")
@@ -446,6 +462,38 @@ def test_bad_input_is_named():
         A.self_attention(ok, ok, v, precision="fp16")
     with pytest.raises(ValueError, match="'flash'"):
         A.self_attention(ok, ok, v, impl="flash")
+
+
+def test_an_old_triton_counts_as_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    A._have_triton.cache_clear()
+    try:
+        q, v = torch.randn(1, 4, 9), torch.randn(1, 8, 9)
+        assert A.self_attention(q, q, v).shape == v.shape
+        with pytest.raises(RuntimeError, match="older than 3.4"):
+            A.self_attention(q, q, v, impl="triton")
+    finally:
+        A._have_triton.cache_clear()
+
+
+@needs_triton
+def test_a_thread_waits_for_kernels_that_another_loads(monkeypatch):
+    import triton
+    begun = threading.Event()
+
+    def slow_jit(kernel):
+        begun.set()
+        time.sleep(0.1)
+        return "jitted"
+    monkeypatch.setattr(triton, "jit", slow_jit)
+    monkeypatch.setattr(A, "_KERNELS", ["_late"])
+    monkeypatch.setattr(A, "_late", None, raising=False)
+    other = threading.Thread(target=A._load)
+    other.start()
+    begun.wait(10)
+    A._load()
+    assert A._late == "jitted"
+    other.join()
 
 
 @needs_triton
@@ -643,7 +691,7 @@ def test_tensors_that_are_made_of_one_another_in_triton(pattern, device):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("N", [48, 1040])
 def test_unusual_ways_to_differentiate(N):
-    """Checkpoints, batched gradients, forward mode, traces on the CPU: right, or refused where attention is fused."""
+    """Checkpoints, batched gradients, forward mode, traces and exports on the CPU."""
     (q, k, v, g), _ = inputs(2, 4, 8, N, torch.float32)
     g = g.detach()
     want = torch.autograd.grad(A.attention(q, k, v), (q, k, v), g)
@@ -653,20 +701,26 @@ def test_unusual_ways_to_differentiate(N):
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
     kept = torch.utils.checkpoint.checkpoint(A.self_attention, q, k, v, use_reentrant=False)
     close(torch.autograd.grad(kept, (q, k, v), g))
-    refusing = contextlib.nullcontext()
-    if N >= A.FUSED_FROM_N and A._linear is not None:
-        refusing = pytest.raises(RuntimeError)
-    with refusing:
-        both = torch.autograd.grad(A.self_attention(q, k, v), (q, k, v), torch.stack([g, 2 * g]), is_grads_batched=True)
-        close([t[1] for t in both], [2 * t for t in want])
+    both = torch.autograd.grad(A.self_attention(q, k, v), (q, k, v), torch.stack([g, 2 * g]), is_grads_batched=True)
+    close([t[1] for t in both], [2 * t for t in want])
+    o = A.self_attention(q, k, v)
+    both = torch.func.vmap(lambda g: torch.autograd.grad(o, (q, k, v), g, retain_graph=True))(torch.stack([g, 2 * g]))
+    close([t[1] for t in both], [2 * t for t in want])
+    q, k, v = q.detach(), k.detach(), v.detach()
+    more = [torch.cat([t, 2 * t, t]) for t in (q, k, v)]                                # of another batch
     traced = torch.jit.trace(A.self_attention, (q, k, v), check_trace=False)
-    close([traced(*(t[:1] for t in (q, k, v)))], [A.attention(q, k, v)[:1]])            # of another batch, too
+    exported = torch.export.export(Layer(), (q, k, v), dynamic_shapes=[{0: torch.export.Dim("B")}] * 3).module()
+    for f in (traced, exported):
+        close([f(*more)], [A.attention(*more)])
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(q.detach(), torch.ones_like(q))
-        with refusing:
-            o = A.self_attention(dual, k.detach(), v.detach())
-            plain = A.attention(dual, k.detach(), v.detach())
-            close(*([torch.autograd.forward_ad.unpack_dual(x).tangent] for x in (o, plain)))
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        found, plain = A.self_attention(dual, k, v), A.attention(dual, k, v)
+        close(*([torch.autograd.forward_ad.unpack_dual(x).tangent] for x in (found, plain)))
+
+
+class Layer(torch.nn.Module):
+    def forward(self, q, k, v):
+        return A.self_attention(q, k, v)
 
 
 # Copies ---------------------------------------------------------------------------------------------------------
