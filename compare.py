@@ -12,7 +12,8 @@ For every seed it trains
     single   one group, for as many steps as have the arithmetic of the whole ring, counted and printed.
 A further arm is NAME:SETTING=VALUE,...: the ring, alone or single with other settings, which is compared with the arm
 NAME and with alone. Other flags of okd_train.py are for all arms (--model, --groups, --steps, --recipe, ...), but for
-those that the study sets (--seed, --quick, --max-seconds, --fid-every, ...); another --loss is another study.
+those that the study sets (--seed, --quick, --max-seconds, --fid-every, ...); another --loss is another study, and so
+are other photos or another way to read them (--image-size, --range, --upright).
 
 Three parts of the photos that share none: --data is learnt from; by --val (or half of --test) four checkpoints of every
 group are scored, and the best step of each group and the best group are chosen; on --test these are measured, once.
@@ -84,10 +85,15 @@ PAPER = {"sagan": {"the paper's ring": (132.13, 118.23), "the paper's one group"
          "acgan": {"the paper's ring": (172.13, 165.39), "the paper's one group": (178.92,)}}
 
 
+# What a line of results.jsonl holds at least.
+LINE = {"arm": str, "seed": int, "step": int, "settings": dict, "score": str, "photos": dict, "seconds": int,
+        "device": str, "validation": list, "mean": dict, "best": dict, "union": dict}
+
+
 @dataclass
 class Arm:
     """One way to train. argv: its flags for okd_train.py; own: those that no other arm has; s: all of its settings;
-    work: the floating-point operations of a step."""
+    work: the floating-point operations of a step; judge: who scores it."""
     name: str
     base: str
     argv: list
@@ -95,11 +101,17 @@ class Arm:
     s: argparse.Namespace
     script: okd_train.Script
     work: float
+    judge: "Judge"
 
 
 def reading_of(s, script):
     """The settings that say how photos are read."""
     return s.image_size, script.conditional, s.upright, str(s.range)
+
+
+def text_of(script):
+    """A digest of the model script, as in args.json."""
+    return okd_train.digest(script.path, 16)
 
 
 def settings_of(s, script):
@@ -120,39 +132,34 @@ class Study:
         self.lock, self.stopping, self.children = threading.Lock(), False, set()
 
     def plan(self, arms, seeds):
-        self.arms = {arm.name: arm for arm in arms}
+        self.arms, path = {arm.name: arm for arm in arms}, self.out / "results.jsonl"
         self.runs = [(arm.name, seed) for seed in seeds for arm in arms]            # one seed of every arm comes first
-        for line in okd_train.read_lines(self.out / "results.jsonl"):
-            if line.get("arm") in self.arms:
+        for line in okd_train.read_lines(path):
+            lost = [name for name, kind in LINE.items() if not isinstance(line.get(name), kind)]
+            if lost:
+                raise okd_train.UserError(f"{path}: a line of arm {line.get('arm')}, seed {line.get('seed')}, is not "
+                                          f"whole ({', '.join(lost)}): take it out")
+            if line["arm"] in self.arms:
                 self.check(line)
                 self.results[line["arm"], line["seed"]] = line
 
     def judge(self, s, script):
-        """Who scores an arm. Made before the first run starts, so that missing weights are not found out at its end."""
+        """Who scores an arm. Made before the first run starts, so that what is amiss is not found out at its end."""
         key = reading_of(s, script)
         if key not in self.judges:
-            if script.conditional:
-                train, test = (okd_train.class_files(self.parts[part], True)[1] for part in ("train", "test"))
-                if train != test:
-                    raise okd_train.UserError(f"{self.parts['train']} has the classes {', '.join(train)}, "
-                                              f"{self.parts['test']} {', '.join(test)}: they must be the same")
-            train = [path for path, _ in fid.class_images(self.parts["train"])]
-            limits = fid.rule_for(train, s.range, s.upright).limits                 # all parts by the rule of one
-            self.judges[key] = Judge(self.parts["test"], limits, s, script, self.features, self.device, self.out)
+            self.judges[key] = Judge(self.parts, s, script, self.features, self.device, self.out)
         return self.judges[key]
 
     def check(self, line):
-        """UserError where a result was made in another way than its arm is now, or than its earlier runs were."""
+        """UserError where a result was made in another way than its arm is now."""
         arm = self.arms[line["arm"]]
         here = {"steps": arm.s.steps, **settings_of(arm.s, arm.script)}
         there = {"steps": line["step"], **line["settings"]}
         odd = [f"{okd_train.flag(k)} {there[k]}, not {here[k]}" for k in sorted(here.keys() & there.keys())
                if here[k] != there[k]]
-        scores = self.judge(arm.s, arm.script).scores
-        alike = [of for (name, _), of in self.results.items()
-                 if reading_of(self.arms[name].s, self.arms[name].script) == reading_of(arm.s, arm.script)]
-        first = alike[0] if alike else line
-        if line["photos"] != {**first["photos"], "test": scores.of} or line["score"] != scores.name:
+        if line.get("script") not in (None, text_of(arm.script)):
+            odd.append(f"another text of {arm.script.path.name}")
+        if line["photos"] != arm.judge.photos or line["score"] != arm.judge.scores.name:
             odd.append("other photos or features")
         if odd:
             raise okd_train.UserError(f"{self.out}: {arm.name}, seed {line['seed']}, was made with {'; '.join(odd)}: "
@@ -176,6 +183,7 @@ class Study:
                             future.result()
                         except (okd_train.UserError, fid.FidError) as e:            # the other runs go on
                             failed[futures[future]] = str(e)
+                            print(f"{', seed '.join(map(str, futures[future]))} failed: {e}", flush=True)
                     print(self.forecast(before, failed, time.monotonic() - begin), flush=True)
                     patience = min(600, 2 * patience)
             except BaseException:                                   # Ctrl-C: the trainers save and leave
@@ -194,7 +202,7 @@ class Study:
         finally:
             self.free.put(device)
         with self.lock:                                             # one at a time: they share a network
-            result = {"arm": name, "seed": seed, **score_run(out, self.judge(arm.s, arm.script)),
+            result = {"arm": name, "seed": seed, **score_run(out, arm.judge),
                       "device": okd_train.describe(self.device)}
             self.check(result)
             self.results[name, seed] = result
@@ -206,11 +214,15 @@ class Study:
 
     def train(self, arm, seed, out, device):
         """okd_train.py on one run, in a process of its own."""
-        wait_for_orphan(out)
+        self.wait_for_orphan(out)
         kept, argv = self.out / "val_features.npz", self.command(arm, seed, out, device)
         if any((out / file).exists() for file in ("checkpoint.pt", "G1.pt")):
             argv.append("--resume")
-            steps = okd_train.read_args(out)["steps"]
+            begun = okd_train.read_args(out)
+            steps = begun["steps"]
+            if begun.get("script_digest") != text_of(arm.script):
+                raise okd_train.UserError(f"{out} was begun with another text of {arm.script.path.name}: name another "
+                                          "folder with --out")
             if steps != arm.s.steps:                                # its checkpoints would be at other steps
                 raise okd_train.UserError(f"{out} was begun with --steps {steps}, not {arm.s.steps}: name another "
                                           "folder with --out")
@@ -231,9 +243,27 @@ class Study:
         self.children.remove(child)
         if child.returncode:
             last = (err.strip().splitlines() or [f"ended with status {child.returncode}"])[-1]
+            if child.returncode < 0:                                # what it wrote last was no error
+                last = f"ended by {signal.Signals(-child.returncode).name}, which may be for want of memory"
             raise okd_train.UserError(f"{arm.name}, seed {seed}: {last}")
         with self.lock, okd_train.replacing(kept) as f:
             f.write((out / "real_features.npz").read_bytes())
+
+    def wait_for_orphan(self, out, pause=2):
+        """Until no process trains in `out`: the trainer of a compare.py that was killed works on, and may as well."""
+        told = False
+        while not self.stopping:
+            with okd_train.Lock(out) as lock:
+                try:
+                    return lock.take(lambda text: None)
+                except okd_train.UserError as e:
+                    if "is being trained by" not in str(e):
+                        raise
+                    if not told:
+                        print(f"Waiting: {e}", flush=True)
+            told = True
+            time.sleep(pause)
+        raise okd_train.UserError("stopped")
 
     def command(self, arm, seed, out, device):
         more = {"data": self.parts["train"], "steps": arm.s.steps, "seed": seed, "out": out, "device": device,
@@ -258,22 +288,6 @@ class Study:
         return words + (f"; see {self.out / 'study.html'}" if self.results else "")
 
 
-def wait_for_orphan(out, pause=2):
-    """Until no process trains in `out`: the trainer of a compare.py that was killed works on, and may as well."""
-    told = False
-    while True:
-        with okd_train.Lock(out) as lock:
-            try:
-                return lock.take(lambda text: None)
-            except okd_train.UserError as e:
-                if "is being trained by" not in str(e):
-                    raise
-                if not told:
-                    print(f"Waiting: {e}", flush=True)
-        told = True
-        time.sleep(pause)
-
-
 def write_results(path, results):
     others = [line for line in okd_train.read_lines(path) if (line.get("arm"), line.get("seed")) not in results]
     with okd_train.replacing(path) as f:                            # whole or not at all
@@ -282,21 +296,35 @@ def write_results(path, results):
 
 # ---------------------------------------------------------------------------------------------- scoring one run
 class Judge:
-    """The photos of the test part, their features, and what fakes are measured by against them."""
+    """The photos of the three parts as one way to read them has them, and what fakes are measured by on the test part.
 
-    def __init__(self, folder, limits, s, script, features, device, cache):
-        images, y, classes = okd_train.load_folder(folder, s.image_size, script.conditional, s.skip_bad, print, limits,
-                                                   s.upright)
+    train: the photos to learn from; data: those of the test part; photos: by what a result tells which it is of.
+    """
+
+    def __init__(self, parts, s, script, features, device, cache):
+        *train, limits = read_part(parts, "train", s, script.conditional, s.range)
+        val = read_part(parts, "val", s, False, limits)[0]
+        images, y, classes, _ = read_part(parts, "test", s, script.conditional, limits)             # all by one rule
+        if classes != train[2]:
+            raise okd_train.UserError(f"{parts['train']} has the classes {', '.join(train[2])}, "
+                                      f"{parts['test']} {', '.join(classes)}: they must be the same")
+        if len(images) <= fid.K:
+            raise okd_train.UserError(f"{parts['test']}: {len(images)} photos; scores need more than {fid.K}")
+        self.range, self.device = limits and list(limits), device
         s = argparse.Namespace(**{**vars(s), "fid_features": features, "fid_samples": TEST_FAKES, "fid_data": None})
-        self.data, self.device = okd_train.Data(images, y, classes, s, device), device
+        self.train, self.data = okd_train.Data(*train, s, device), okd_train.Data(images, y, classes, s, device)
+        self.spread = spread(okd_train.to_hwc(images), y.numpy())
+        if not self.spread > 0:
+            raise okd_train.UserError(f"{parts['test']}: all photos of a class are the same")
         try:
             self.scores = okd_train.Scores(s, self.data, device)
             self.real, self.floor = self.scores.real(cache)
             self.classifier = labels.classifier(self.real, y.numpy()) if classes else None
         except (okd_train.UserError, fid.FidError) as e:
             words = str(e).replace("--fid-every: ", "").replace("--fid-features", "--features")
-            raise okd_train.UserError(f"{folder}: {words}") from e
-        self.spread = spread(okd_train.to_hwc(images), y.numpy())
+            raise okd_train.UserError(f"{parts['test']}: {words}") from e
+        self.photos = {"train": self.train.digest, "test": self.scores.of,
+                       "val": f"{okd_train.digest(val.numpy(), 16)} {self.scores.network()}"}
 
     def fakes(self, s, path, script):
         """TEST_FAKES images of a generator, of a z of their own: (uint8 (n, H, W, 3), features (n, d), labels (n,))."""
@@ -316,6 +344,14 @@ class Judge:
         return found
 
 
+def read_part(parts, name, s, conditional, limits):
+    """A part of the photos, by the trainer's own function -> images, labels, classes, range."""
+    try:
+        return okd_train.read_folder(parts[name], s.image_size, conditional, s.skip_bad, print, limits, s.upright)
+    except okd_train.UserError as e:                                # it calls every folder --data
+        raise okd_train.UserError(str(e).replace("--data", f"--{name}".replace("train", "data"), 1)) from e
+
+
 def spread(images, y):
     """Mean distance between two of uint8 images (n, H, W, 3) of one class, averaged to 16x16 pixels."""
     x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
@@ -327,7 +363,10 @@ def score_run(out, judge):
     """A finished run -> what results.jsonl says of it. What is measured on test was chosen on validation alone."""
     s, script, saved = okd_train.read_run(out)
     files = {i: out / f"G{i}.best.pt" for i in range(1, s.groups + 1)}              # each at its best step
-    best, = sample.group_files("best", s.groups, out)
+    found = sample.group_files("best", s.groups, out)
+    if not found:
+        raise okd_train.UserError(f"{out} has lost its scores: delete this folder, and it is trained anew")
+    best, = found
     fakes = {i: judge.fakes(s, path, str(script.path)) for i, path in files.items()}
     each = {i: judge.marks(*of) for i, of in fakes.items()}
     edges = np.linspace(0, TEST_FAKES, s.groups + 1).astype(int)
@@ -340,8 +379,9 @@ def score_run(out, judge):
     with np.load(out / "real_features.npz", allow_pickle=False) as f:
         photos = {"train": saved["data_digest"], "val": str(f["of"]), "test": judge.scores.of}
     keys = ["step", "mean", "union", *(f"G{i}" for i in files)]
-    return {"step": s.steps, "settings": settings_of(s, script), "score": judge.scores.name, "photos": photos,
-            "seconds": round(trained_for(log)), "versions": saved.get("versions"), "git": saved.get("git"),
+    return {"step": s.steps, "settings": settings_of(s, script), "script": saved["script_digest"],
+            "score": judge.scores.name, "photos": photos, "seconds": round(trained_for(log)),
+            "versions": saved.get("versions"), "git": saved.get("git"),
             "validation": [{k: line[k] for k in keys} for line in okd_train.score_lines(out, s.groups)],
             "chosen": {"best": best, **{f"G{i}": okd_train.load_file(path)["step"] for i, path in files.items()}},
             "groups": list(each.values()), "mean": mean, "best": each[best],
@@ -374,7 +414,7 @@ def paired(a, b):
     n, difference, unit = len(a), (a - b).mean(), abs(b.mean())
     error, edge = (a - b).std(ddof=1) / n ** 0.5, stats.t.ppf(0.975, n - 1)
     shift = optimize.brentq(lambda shift: stats.nct.sf(edge, n - 1, shift) - 0.8, edge / 2, 2 * edge + 4)
-    share = lambda v: float(v / unit) if unit else math.nan
+    share = lambda v: float(v / unit) if unit else math.copysign(math.inf, v) if v else 0.0
     return {"n": n, "difference": share(difference), "low": share(difference - edge * error),
             "high": share(difference + edge * error), "detectable": share(shift * error), "lower": int((a < b).sum())}
 
@@ -422,9 +462,9 @@ def mean_and_deviation(v):
 
 
 def papers_rows(study):
-    """The paper's Table 1 in the form of rows_of_arms()."""
-    model = study.arms["ring"].script.name
-    return [(name, 1, *map(str, v), *[""] * (3 - len(v))) for name, v in PAPER.get(model, {}).items()]
+    """The paper's Table 1 in the form of rows_of_arms(): FID on its own photos, best by test."""
+    rows = PAPER.get(study.arms["ring"].script.name, {})
+    return [(f"{name} (FID, CODEBRIM)", 1, *map(str, v), *[""] * (3 - len(v))) for name, v in rows.items()]
 
 
 def pairs(arms):
@@ -580,16 +620,25 @@ def find_parts(args, out):
     if test is None:
         raise okd_train.UserError(f"--test DIR is missing: photos that are not in {train} "
                                   "(crop_codebrim.py --split makes such parts)")
+    places = {name: Path(folder).resolve() for name, folder in
+              {"--data": train, "--val": val, "--test": test}.items() if folder is not None}
+    for one, other in itertools.permutations(places, 2):
+        if places[one].is_relative_to(places[other]):
+            raise okd_train.UserError(f"{one} {places[one]} lies in {other} {places[other]}: to train, to choose and "
+                                      "to test takes three folders, none in another")
+    inside = [name for name, place in places.items() if out.resolve().is_relative_to(place)]
+    if inside:
+        raise okd_train.UserError(f"--out {out} lies among the photos of {inside[0]}: name another folder")
     if val is None:
         val, test = halves_by_photo(Path(test), out)
-    parts = {"train": str(train), "val": str(val), "test": str(test)}
-    if len({os.path.realpath(folder) for folder in parts.values()}) < 3:
-        raise okd_train.UserError(f"{', '.join(parts.values())}: to train, to choose and to test takes three folders")
-    return parts
+    return {"train": str(train), "val": str(val), "test": str(test)}
 
 
 def halves_by_photo(folder, out):
-    """Copy the images of a folder to out/val and out/test, half of each class; crops of one photo stay together."""
+    """Copy the images of a folder to out/halves-.../val and test, half of each class; crops of one photo stay together.
+
+    The name of that folder tells the images: those of another folder, or others in the same one, are halved anew.
+    """
     files = fid.class_images(folder)
     classes = sorted({c or "" for _, c in files})
     y = np.array([classes.index(c or "") for _, c in files])
@@ -599,27 +648,30 @@ def halves_by_photo(folder, out):
     order = np.lexsort((turn, y[first]))                            # photos class by class, in random order within
     part = np.empty(len(first), int)
     part[order] = np.arange(len(first)) % 2
-    wholes = [out / name for name in ("val", "test")]
-    if not all(whole.is_dir() for whole in wholes):
-        for k, whole in enumerate(wholes):
-            grows = out / f".{whole.name}"
-            shutil.rmtree(grows, ignore_errors=True)
-            for path, _ in (files[j] for j in np.flatnonzero(part[photo] == k)):
-                target = grows / path.relative_to(folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
-            shutil.rmtree(whole, ignore_errors=True)
-            grows.rename(whole)
-    return wholes
+    names = [path.relative_to(folder) for path, _ in files]
+    digests = [f"{part[k]} {name} {okd_train.digest(path)}" for k, name, (path, _) in zip(photo, names, files)]
+    whole = out / f"halves-{okd_train.digest(os.fsencode(chr(10).join(digests)))}"
+    if not whole.is_dir():
+        grows = out / f".{whole.name}"
+        shutil.rmtree(grows, ignore_errors=True)                    # of a start that was killed
+        for k, name, (path, _) in zip(photo, names, files):
+            target = grows / ("val", "test")[part[k]] / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        grows.rename(whole)
+    return [whole / "val", whole / "test"]
 
 
 def make_arms(s, script, named, judge):
-    """The arms of a command, with the steps of `single` counted. judge(s, script) knows the photos of the test part."""
+    """The arms of a command, with the steps of `single` counted. judge(s, script) -> the Judge of such settings."""
     shared = [word for name in sorted(named - OWN - {"model", "out", "data", "device"})
               for word in as_flag(name, getattr(s, name))]
     arms = [make_arm(text, script, shared, judge) for text in dict.fromkeys([*ARMS, *s.arms])]
     ring = arms[0]
     for arm in arms:
+        if any(getattr(arm.s, name) != getattr(ring.s, name) for name in ("image_size", "upright", "range")):
+            raise okd_train.UserError(f"arm {arm.name}: it reads the photos in another way than the ring, and scores "
+                                      "of other images do not compare")
         if arm.base == "single" and "steps" not in arm.own:
             arm.s.steps = max(1, round(ring.s.steps * ring.work / arm.work))
     return arms
@@ -634,33 +686,36 @@ def make_arm(text, script, shared, judge):
     words = [word for key, value in own.items() for word in [okd_train.flag(key), *([value] if value else [])]]
     argv = ["--model", str(script.path), *shared, *ARMS[base], *words]
     try:
+        if {"h", "help"} & own.keys():
+            raise okd_train.UserError("that is no setting")
         s, script, given = okd_train.parse(argv)
         if given & (TAKEN | {"data", "out", "device"}):
             raise okd_train.UserError("that is the same for all arms")
-        changed = okd_train.settle(s, script, given)
-    except okd_train.UserError as e:
-        raise okd_train.UserError(f"arm {text}: {e}") from None
-    data = judge(s, script).data
-    okd_train.settle_channels(s, script, given, changed, data)
-    if script.conditional:
-        s.n_classes = len(data.classes)
-    try:
+        changed, of = okd_train.settle(s, script, given), judge(s, script)
+        s.range = of.range
+        okd_train.check_data(s, script, given, "--data", of.train.images, of.train.classes)
+        okd_train.settle_channels(s, script, given, changed, of.train)
+        if script.conditional:
+            s.n_classes = len(of.train.classes)
         work = bench.count_work(script, s)[0]
     except okd_train.UserError as e:
         raise okd_train.UserError(f"arm {text}: {e}") from None
-    return Arm(text, base, argv[2:], own, s, script, work)
+    return Arm(text, base, argv[2:], own, s, script, work, of)
 
 
 def as_flag(name, value):
     if isinstance(value, bool):
         return [okd_train.flag(name if value else f"no_{name}")]
-    return [okd_train.flag(name), *map(str, value if isinstance(value, list) else [value])]
+    plain = lambda v: np.format_float_positional(v, trim="0") if isinstance(v, float) else str(v)   # -1e-05 is a flag
+    return [okd_train.flag(name), *map(plain, value if isinstance(value, list) else [value])]
 
 
 # ---------------------------------------------------------------------------------------------- command line
 def own_flags(p):
-    """What compare.py takes beside the flags of okd_train.py."""
-    add = p.add_argument
+    """What compare.py takes beside the flags of okd_train.py, and what is otherwise with those."""
+    add, said = p.add_argument, {"data": "photos to learn from", "out": "folder of the study (default study/)"}
+    for action in p._actions:
+        action.help = argparse.SUPPRESS if action.dest in TAKEN else said.get(action.dest, action.help)
     add("--seeds", default="10", metavar="N|A-B",
         help="so many runs of every arm, or those of seeds A to B (default 10)")
     add("--arms", nargs="+", default=[], metavar="NAME:SETTING=VALUE,...", help="further arms, such as ring:rho=0.1")
@@ -682,8 +737,9 @@ def arguments(argv):
                                   "is --steps, how often --seeds, and --recipe small is what --quick trains")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise okd_train.UserError("compare.py is one process: start it with python, not with torchrun")
-    if not s.data:
+    if s.data is None:
         raise okd_train.UserError("--data DIR is missing: the photos to learn from")
+    okd_train.check_limits(s, script)
     if s.groups < 2 or s.rho == 0:
         raise okd_train.UserError(f"--groups is {s.groups} and --rho {s.rho:g}: a ring has two groups or more, and a "
                                   "weight above 0")

@@ -945,19 +945,22 @@ def shared_data(s, script, named, device, ranks, say):
         if ranks.local_rank == 0:
             loaded = load_data(s, script.conditional, say)
             images, labels, classes = loaded
-            source = s.data or "the synthetic set"
-            if script.conditional and "n_classes" in named and s.n_classes != len(classes):
-                raise UserError(f"--n-classes is {s.n_classes}, but {source} has {len(classes)} class folders: "
-                                f"{', '.join(classes)}")
-            if len(images) < s.batch_size:
-                raise UserError(f"{source} has {len(images)} images, fewer than one batch "
-                                f"(--batch-size {s.batch_size})")
+            check_data(s, script, named, s.data or "the synthetic set", images, classes)
     if ranks.world > 1:
         images, labels, classes = ranks.spread(loaded)
         s.range = ranks.first(s.range)
     if script.conditional:
         s.n_classes = len(classes)
     return Data(images, labels, classes, s, device)
+
+
+def check_data(s, script, named, source, images, classes):
+    """UserError where these images are too few or of other classes than was said. source: what they are called."""
+    if script.conditional and "n_classes" in named and s.n_classes != len(classes):
+        raise UserError(f"--n-classes is {s.n_classes}, but {source} has {len(classes)} class folders: "
+                        f"{', '.join(classes)}")
+    if len(images) < s.batch_size:
+        raise UserError(f"{source} has {len(images)} images, fewer than one batch (--batch-size {s.batch_size})")
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -1876,12 +1879,15 @@ class Scores:
         except self.fid.FidError as e:                              # of a user's own network
             raise UserError(f"--fid-every: {e}") from e
 
-    def real(self, out):
-        """Features of the real images, and (floor, its spread) for n fakes; from the run folder, if they are kept."""
-        path, kept = out / "real_features.npz", {}
+    def network(self):
+        """What kept features are told by, beside their images."""
         own = self.s.fid_features.endswith(".py")                   # then its text counts, not where it lies
         kind = digest(Path(self.s.fid_features), 16) if own else self.s.fid_features
-        of = f"{self.of} {kind} {self.model.digest}"
+        return f"{kind} {self.model.digest}"
+
+    def real(self, out):
+        """Features of the real images, and (floor, its spread) for n fakes; from the run folder, if they are kept."""
+        path, kept, of = out / "real_features.npz", {}, f"{self.of} {self.network()}"
         if path.exists():
             with contextlib.suppress(Exception):                    # cut or foreign: computed anew
                 with np.load(path, allow_pickle=False) as f:

@@ -99,6 +99,8 @@ def test_the_interval_is_the_paired_t_tests():
         assert np.allclose([p["low"], p["high"]], np.array(t.confidence_interval(0.95)) / b.mean())
         assert p["n"] == n and p["difference"] == pytest.approx((a.mean() - b.mean()) / b.mean())
     assert compare.paired(a, b) == pytest.approx(compare.paired(1000 * a, 1000 * b))
+    against_nothing = compare.paired([0.30, 0.31, 0.32], [0.0, 0.0, 0.0])
+    assert compare.verdict(against_nothing, "higher").startswith("shown better at n = 3: +inf %")
 
 
 def test_no_difference_is_a_false_alarm_once_in_twenty():
@@ -199,14 +201,14 @@ def test_arms_are_paired_and_single_has_the_rings_arithmetic(study):
 def test_steps_of_equal_arithmetic_are_counted(place, study):
     """Against a count of real steps at the arms' own batch and groups."""
     s, script, named, seeds = compare.arguments(command(place, study))
-    judge = lambda s, script: type("Judge", (), {"data": okd_train.Data(*okd_train.load_folder(
-        place / "photos/test", 32, script.conditional, False, print), s, torch.device("cpu"))})
+    judge = lambda s, script: type("Judge", (), {"range": None, "train": okd_train.Data(*okd_train.load_folder(
+        place / "photos/train", 32, script.conditional, False, print), s, torch.device("cpu"))})
     s.arms = ["single:batch_size=2", "single:steps=7", "ring:ch=8"]
     arms = {arm.name: arm for arm in compare.make_arms(s, script, named, judge)}
     counts = {}
     for name, arm in arms.items():
         arm.s.cuda_graph = "off"
-        trainer = okd_train.Trainer(arm.script, arm.s, judge(arm.s, arm.script).data, torch.device("cpu"))
+        trainer = okd_train.Trainer(arm.script, arm.s, arm.judge.train, torch.device("cpu"))
         trainer.step()
         with bench.Operations() as count:
             trainer.step()
@@ -284,7 +286,8 @@ def test_a_trap_in_the_test_part_changes_no_choice(place, study, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     s, script, _ = okd_train.read_run(run)
-    judge = compare.Judge(tmp_path / "trap", None, s, script, str(place / "blocks.py"), torch.device("cpu"), tmp_path)
+    parts = {**{part: str(place / "photos" / part) for part in ("train", "val")}, "test": str(tmp_path / "trap")}
+    judge = compare.Judge(parts, s, script, str(place / "blocks.py"), torch.device("cpu"), tmp_path)
     found = compare.score_run(run, judge)
     distances = [of["distance"] for of in found["groups"]]
     assert found["chosen"] == line["chosen"] and found["best"]["distance"] == distances[line["chosen"]["best"] - 1]
@@ -319,14 +322,18 @@ def test_a_killed_study_goes_on_and_ends_the_same(place, study, tmp_path, monkey
 
 
 def test_a_trainer_that_was_left_behind_is_waited_for(tmp_path, capsys):
+    study = compare.Study(tmp_path, {}, "random", ["cpu"])
     with okd_train.Lock(tmp_path / "run") as lock:
         lock.take(print)
-        waiting = threading.Thread(target=compare.wait_for_orphan, args=(tmp_path / "run", 0.05))
+        waiting = threading.Thread(target=study.wait_for_orphan, args=(tmp_path / "run", 0.05))
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive()
     waiting.join(20)
     assert not waiting.is_alive() and capsys.readouterr().out.count("is being trained by process") == 1
+    study.stopping = True                                           # Ctrl-C: the trainer works on, we leave
+    with pytest.raises(okd_train.UserError, match="stopped"):
+        study.wait_for_orphan(tmp_path / "run")
 
 
 def test_lines_of_two_machines_are_one_study(place, study, tmp_path, capsys):
@@ -384,6 +391,61 @@ def test_photos_that_are_read_otherwise_are_another_test(place, tmp_path):
     assert len(set(map(id, judges))) == 4 and judges[0] is judges[4]
 
 
+def test_a_study_is_of_the_photos_features_and_script_it_was_begun_with(place, study, tmp_path, capsys, monkeypatch):
+    """Each is looked at before a run starts, also those whose earlier runs are not there."""
+    monkeypatch.setattr(subprocess, "Popen", None)
+    out = tmp_path / "study"
+    out.mkdir()
+    shutil.copyfile(study / "results.jsonl", out / "results.jsonl")
+    parts = {part: str(place / "photos" / part) for part in ("train", "val", "test")}
+    for part, flag in (("train", "--data"), ("val", "--val")):
+        other = tmp_path / part
+        shutil.copytree(parts[part], other)
+        Image.new("RGB", (32, 32)).save(next(other.rglob("*.png")))
+        argv = [*command(place, out), "--data", parts["train"], "--val", parts["val"], "--test", parts["test"]]
+        assert "other photos or features" in refused(capsys, [*argv, flag, str(other)])
+    (tmp_path / "blocks.py").write_text(BLOCKS.replace("avg_pool", "max_pool"))
+    assert "other photos or features" in refused(capsys, [*command(place, out), "--features",
+                                                          str(tmp_path / "blocks.py")])
+    shutil.copytree(study / "runs", out / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "text_of", lambda script: "edited since")
+        assert "another text of acgan.py" in refused(capsys, command(place, out))
+        (out / "results.jsonl").unlink()
+        assert "begun with another text of acgan.py" in refused(capsys, command(place, out))
+    compare.main(command(place, out))                               # as it was
+
+
+def test_lines_that_are_not_whole_and_scores_that_are_gone(place, study, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    out = tmp_path / "study"
+    shutil.copytree(study, out)
+    whole = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    for line in ({"step": 4, "arm": "ring", "seed": 7}, {"step": 4, "arm": ["ring"], "seed": 7}):
+        (out / "results.jsonl").write_text("".join(whole) + json.dumps(line) + "\n")
+        assert "seed 7, is not whole" in refused(capsys, command(place, out))
+    (out / "results.jsonl").write_text("".join(whole[1:]))
+    (out / "runs/ring-seed0/fid.jsonl").unlink()
+    assert "has lost its scores" in refused(capsys, command(place, out))
+
+
+def test_photos_of_16_bit_and_grey_ones_are_read_as_in_training(tmp_path, place, monkeypatch):
+    """Their range, and whether all to learn from are grey, is that of --data, whatever the others are."""
+    for part, low in (("train", 0), ("val", 5000), ("test", 9000)):
+        for k in range(12):
+            path = tmp_path / part / "ab"[k % 2] / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(k).integers(low, 60000 - low, (32, 32)).astype(np.uint16)
+            Image.fromarray(pixels).save(path)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "test/a/colour.png")
+    in_threads(monkeypatch)
+    out = tmp_path / "study"
+    argv = command(place, out, "--recipe", "small", "--seeds", "1", "--data", str(tmp_path))
+    compare.main(argv)
+    assert len(results(out)) == 3 and results(out)["ring", 0]["settings"]["channels"] == 1
+    compare.main(argv)
+
+
 def test_a_run_that_fails_holds_up_no_other(place, tmp_path, capsys, monkeypatch):
     out = tmp_path / "study"
     study = compare.Study(out, {"test": str(place / "photos/test")}, str(place / "blocks.py"), ["cpu"])
@@ -398,6 +460,20 @@ def test_a_run_that_fails_holds_up_no_other(place, tmp_path, capsys, monkeypatch
         done.append(name)
     monkeypatch.setattr(study, "one", one)
     assert study.go(1) == {("a", 0): "a, seed 0: the loss is not finite"} and done == ["b"]
+    assert "a, seed 0 failed: a, seed 0: the loss" in capsys.readouterr().out       # at once
+
+
+def test_a_trainer_that_is_killed_is_no_last_line_of_progress(tmp_path, monkeypatch):
+    class Killed(InThread):
+        returncode = -signal.SIGKILL
+
+        def communicate(self):
+            return "", "scores of step 2: 50/150 images"
+    study = compare.Study(tmp_path, {}, "random", ["cpu"])
+    monkeypatch.setattr(subprocess, "Popen", Killed)
+    monkeypatch.setattr(study, "command", lambda *_: ["python", "okd_train.py"])
+    with pytest.raises(okd_train.UserError, match="ring, seed 3: ended by SIGKILL"):
+        study.train(SimpleNamespace(name="ring"), 3, tmp_path / "run", "cpu")
 
 
 def test_when_it_will_be_done(tmp_path):
@@ -431,6 +507,14 @@ def test_half_of_the_test_photos_choose(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in val.rglob("*")}
     assert compare.halves_by_photo(folder, tmp_path / "study") == [val, test]
     assert before == {path: path.stat().st_mtime_ns for path in val.rglob("*")}
+    shutil.copyfile(next(folder.rglob("*.png")), folder / "Crack/more.png")         # other photos: other halves
+    assert compare.halves_by_photo(folder, tmp_path / "study") != [val, test]
+    assert before == {path: path.stat().st_mtime_ns for path in val.rglob("*")}
+
+
+def test_small_numbers_are_no_flags():
+    words = compare.as_flag("range", [-0.00001, 1.0])
+    assert okd_train.parse(["--model", "sagan", *words])[0].range == [-0.00001, 1.0]
 
 
 def test_parts_are_found_beside_one_another(place, tmp_path):
@@ -438,7 +522,8 @@ def test_parts_are_found_beside_one_another(place, tmp_path):
     photos = place / "photos"
     assert parts(photos) == {name: str(photos / name) for name in ("train", "val", "test")}
     found = parts(photos / "train", "--test", photos / "test")
-    assert found == {"train": str(photos / "train"), **{k: str(tmp_path / "study" / k) for k in ("val", "test")}}
+    halves, = tmp_path.glob("study/halves-*")
+    assert found == {"train": str(photos / "train"), **{k: str(halves / k) for k in ("val", "test")}}
     assert [len(list(Path(found[part]).rglob("*.png"))) for part in ("val", "test")] == [7, 7]
 
 
@@ -453,6 +538,9 @@ def test_parts_are_found_beside_one_another(place, tmp_path):
     (["--arms", "odd:ch=8"], "arm odd:ch=8: it must begin with ring, alone, single"),
     (["--model", "sagan", "--arms", "ring:loss=no"], "arm ring:loss=no: "),
     (["--model", "sagan", "--arms", "ring:loss=no"], "loss is 'no'; it is wgan-gp"),
+    (["--arms", "ring:help"], "no setting"), (["--arms", "ring:image_size=64"], "in another way than the ring"),
+    (["--out", ""], "--out is empty"), (["--test", ""], "--test is empty"), (["--n-classes", "3"], "--n-classes is 3"),
+    (["--batch-size", "100"], "fewer than one batch"), (["--val", "nowhere"], "--val nowhere: no such folder"),
     (["--batch-size", "0"], "--batch-size"), (["--loss", "no"], "loss")])
 def test_mistakes(place, tmp_path, capsys, monkeypatch, more, words):
     monkeypatch.chdir(tmp_path)
@@ -464,6 +552,38 @@ def test_classes_of_all_parts_are_the_same(place, tmp_path, capsys):
     test = noise(tmp_path / "test", ("Crack", "Stain"), 6)
     argv = [*command(place, tmp_path / "study"), "--data", str(place / "photos/train"), "--test", str(test)]
     assert "test Crack, Stain: they must be the same" in refused(capsys, [*argv, "--val", str(place / "photos/val")])
+
+
+def test_no_part_lies_in_another_and_no_study_among_its_photos(place, tmp_path, capsys):
+    photos = tmp_path / "crops"
+    shutil.copytree(place / "photos", photos)
+    argv = command(place, tmp_path / "study")
+    inner = ["--data", str(photos), "--val", str(place / "photos/val"), "--test", str(photos / "train/Crack")]
+    assert "none in another" in refused(capsys, [*argv, *inner])
+    assert "lies among the photos of --data" in refused(
+        capsys, [*argv, "--data", str(photos), "--out", str(photos / "train/study")])
+    shutil.rmtree(photos / "val")
+    (photos / "test/notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in photos.rglob("*") if path.is_file()}
+    found = compare.find_parts(compare.arguments(["--data", str(photos)])[0], photos)           # --out beside them
+    assert {path: path.read_bytes() for path in before} == before and not Path(found["test"]).samefile(photos / "test")
+
+
+def test_photos_that_no_score_can_be_made_of(place, tmp_path, capsys):
+    few, alike = noise(tmp_path / "few", ("Crack", "Rust"), 2), noise(tmp_path / "alike", ("Crack", "Rust"), 4)
+    for path in alike.rglob("*.png"):
+        Image.new("RGB", (32, 32), path.parent.name == "Rust" and "red" or "blue").save(path)
+    argv = [*command(place, tmp_path / "study"), "--data", str(place / "photos/train"), "--val"]
+    argv = [*argv, str(place / "photos/val"), "--test"]
+    assert "4 photos; scores need more than 5" in refused(capsys, [*argv, str(few)])
+    assert "all photos of a class are the same" in refused(capsys, [*argv, str(alike)])
+
+
+def test_help_tells_what_is_so_here(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default study/)" in text and "--max-seconds S" not in text and "small synthetic set" not in text
 
 
 def test_parts_that_are_missing_or_the_same(place, tmp_path, capsys, monkeypatch):
