@@ -137,10 +137,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_size=64, n_classes=5, ch=64, loss="bce", class_loss="both"):
         super().__init__()
-        if loss not in ("bce", "wgan-gp"):
-            raise ValueError(f"loss is {loss!r}; it is bce or wgan-gp")
-        if class_loss not in ("both", "real", "adc"):
-            raise ValueError(f"class_loss is {class_loss!r}; it is both, real or adc")
+        _check_losses(loss, class_loss)
         layers, inp, width = [], 3, ch
         for level in range(_levels(image_size) + 1):
             layers.append(nn.Conv2d(inp, width, 4, 2, 1))
@@ -178,8 +175,8 @@ def _levels(image_size):
 def discriminator_loss(D, real, fake, y_real, y_fake, eps=None, loss="bce", lambda_gp=10.0, class_loss="both"):
     """Source loss + class loss, 1:1, each summed over real and fake (L_S + L_C of the paper); means over the batch.
 
-    real, fake (B, 3, H, W), fake detached; y_real, y_fake (B,) int64 -> (scalar, logs). eps (B, 1, 1, 1): uniforms for
-    the penalty of wgan-gp.
+    real, fake (B, 3, H, W), fake detached; y_real, y_fake (B,) int64 -> (scalar, logs). eps (B, 1, 1, 1) or (B,):
+    uniforms for the penalty of wgan-gp.
     """
     return _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, class_loss, 1.0)
 
@@ -192,6 +189,7 @@ def connector_loss(C, neighbour, own, y_neighbour, y_own, eps=None, loss="bce", 
 
 def generator_loss(D, fake, y, loss="bce", class_loss="both"):
     """fake (B, 3, H, W) with its graph, y (B,): look real, and like the class that was asked for -> scalar."""
+    _check_losses(loss, class_loss)
     source, label = D(fake)
     look_real = F.binary_cross_entropy_with_logits(source, torch.ones_like(source)) if loss == "bce" else -source.mean()
     look_like_y = F.cross_entropy(label, y)
@@ -215,7 +213,15 @@ def class_losses(c_real, c_fake, y_real, y_fake, class_loss):
     return of_reals + F.cross_entropy(c_fake, y_fake + offset)
 
 
+def _check_losses(loss, class_loss):
+    if loss not in ("bce", "wgan-gp"):
+        raise ValueError(f"loss is {loss!r}; it is bce or wgan-gp")
+    if class_loss not in ("both", "real", "adc"):
+        raise ValueError(f"class_loss is {class_loss!r}; it is both, real or adc")
+
+
 def _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, class_loss, aux):
+    _check_losses(loss, class_loss)
     if loss == "bce":
         (s_real, c_real), (s_fake, c_fake) = D(real), D(fake)       # two passes: BatchNorm sees real and fake apart
         source = (F.binary_cross_entropy_with_logits(s_real, torch.ones_like(s_real))
@@ -227,8 +233,8 @@ def _critic_loss(D, real, fake, y_real, y_fake, eps, loss, lambda_gp, class_loss
     logs = {"w": (s_real.mean() - s_fake.mean()).detach(), "class_loss": classes.detach(),
             "accuracy": (c_real.argmax(1) == y_real).float().mean()}
     if loss == "wgan-gp":
-        eps = torch.rand(len(real), 1, 1, 1, device=real.device) if eps is None else eps
-        x = torch.lerp(fake, real, eps).requires_grad_()
+        eps = torch.rand(len(real), device=real.device, dtype=real.dtype) if eps is None else eps
+        x = torch.lerp(fake, real, eps.view(-1, 1, 1, 1)).requires_grad_()
         with torch.autocast(x.device.type, enabled=False):          # a second derivative wants more than 8 bits
             grad, = torch.autograd.grad(D(x)[0].sum(), x, create_graph=True)       # never through the class head
         norm = torch.linalg.vector_norm(grad.flatten(1), dim=1)

@@ -706,8 +706,7 @@ def make_arm(text, script, shared, judge):
 def as_flag(name, value):
     if isinstance(value, bool):
         return [okd_train.flag(name if value else f"no_{name}")]
-    plain = lambda v: np.format_float_positional(v, trim="0") if isinstance(v, float) else str(v)   # -1e-05 is a flag
-    return [okd_train.flag(name), *map(plain, value if isinstance(value, list) else [value])]
+    return [okd_train.flag(name), *map(str, value if isinstance(value, list) else [value])]
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -36,7 +36,9 @@ import json
 import logging
 import math
 import os
+import random
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -137,15 +139,15 @@ class Group:
         self.ema = script.build("G", i, s, device).eval().requires_grad_(False)
         self.ema.load_state_dict(live.state_dict())
         self.averaged = list(self.ema.parameters()), list(live.parameters())
-        self.copied = list(self.ema.buffers()), list(live.buffers())
 
     @torch.no_grad()
     def average(self, pace):
         """Move the average by the share `pace` (0-d tensor) of its distance to the generator. Buffers are copied."""
         average, live = self.averaged
         torch._foreach_add_(average, torch._foreach_mul(torch._foreach_sub(live, average), pace))
-        if self.copied[0]:
-            torch._foreach_copy_(*self.copied)
+        kept, new = list(self.ema.buffers()), list(self.nets["G"].net.buffers())    # now: a script may assign new ones
+        if kept:
+            torch._foreach_copy_(kept, new)
 
     def gammas(self):
         """{role: [gamma of each attention layer]}: every one-element parameter that is called gamma."""
@@ -174,6 +176,8 @@ class Trainer:
         self.fakes, self.neighbours, self.losses = {}, {}, {}       # of the step that runs, by group
         self.images = {}                                            # fakes without graph, by sub-step and group
         cuda_graph = kernel("cuda_graph")
+        if s.cuda_graph == "on" and not cuda_graph:
+            raise UserError("--cuda-graph on needs kernels/cuda_graph.py beside okd_train.py")
         self.given = (cuda_graph or sys.modules[__name__]).Inputs(self.next_inputs(), device)
         self.use_given_rates()
         self.graph = None
@@ -361,13 +365,15 @@ class Trainer:
             return
         part = f" part {self.ranks.part}" if self.ranks.part else ""
         seed_torch(self.s.seed, self.step_count * self.s.n_critic + sub, g.i, f"call {purpose}{part}")
-        before = self.random_states() if self.graph and self.graph.warming else []
+        before = self.random_states() if self.graph and self.graph.warming else None
         yield
-        self.drew |= any(not torch.equal(a, b) for a, b in zip(before, self.random_states()))
+        self.drew |= before is not None and before != self.random_states()
 
     def random_states(self):
         on_gpu = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return [torch.get_rng_state(), *on_gpu]
+        _, words, place, *_ = np.random.get_state()
+        states = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_gpu)]
+        return states, random.getstate(), words.tobytes(), place
 
     def note_lost(self):
         """Keep in `bad` at which step each loss was first not finite, without waiting for the device."""
@@ -504,8 +510,9 @@ class Network:
             for m in self.norms:
                 m.forward = functools.partial(whole_batch_norm, m, ranks.peers)
         handled = {id(b) for m in self.parametrizations + self.norms for b in m.buffers()}
-        self.others = [b for b in net.buffers() if id(b) not in handled]
-        self.others += [p for p in net.parameters() if not p.requires_grad]
+        self.others = [(m, name) for m in net.modules() for name, b in m.named_buffers(recurse=False)
+                       if id(b) not in handled]
+        self.still = [p for p in net.parameters() if not p.requires_grad]
         together = device.type in NORMS_TOGETHER and kernel("spectral_norm")
         self.normed = together.SpectralNorms(net) if together else parametrize.cached
 
@@ -519,7 +526,8 @@ class Network:
                 m.training = on
             for m in self.norms:
                 m.track_running_stats = on      # without: the batch, and buffers stay
-        kept = [b.detach().clone() for b in self.others]            # e.g. the u of a spectral norm written by hand
+        others = [getattr(m, name) for m, name in self.others] + self.still
+        kept = [b.detach().clone() for b in others]                 # e.g. the u of a spectral norm written by hand
         let_move(False)
         try:
             with self.normed():
@@ -527,8 +535,10 @@ class Network:
         finally:
             let_move(True)
             with torch.no_grad():
-                for b, old in zip(self.others, kept):
+                for b, old in zip(others, kept):
                     b.copy_(old)
+                for (m, name), b in zip(self.others, others):
+                    setattr(m, name, b)                             # of a script that assigns a new tensor
 
     def step(self, loss):
         """loss: a function -> scalar, (scalar, logs). One joint backward, one optimiser step -> (loss, logs), detached.
@@ -592,7 +602,10 @@ def key(seed, step, group, purpose, n_bytes):
 
 def seed_torch(seed, step, group, purpose):
     """Seed torch before a call into a model script, which may draw by itself (dropout, initial weights)."""
-    torch.manual_seed(key(seed, step, group, purpose, 8) >> 1)
+    number = key(seed, step, group, purpose, 8) >> 1
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2 ** 32)
 
 
 # ---------------------------------------------------------------------------------------------- the model script
@@ -633,10 +646,10 @@ class Script:
         self.recipes = self.checked_recipes(getattr(module, "recipes", {}), own)
 
     def load(self):
-        spec = importlib.util.spec_from_file_location(self.name, self.path)
+        name = f"{self.name} "                                      # the blank: it hides no module of that name
+        spec = importlib.util.spec_from_file_location(name, self.path)
         module = importlib.util.module_from_spec(spec)
-        known = sys.modules.get(self.name)
-        sys.modules[self.name] = module                             # dataclasses and pickle look their module up
+        sys.modules[name] = module                                  # dataclasses and pickle look their module up
         sys.path.insert(0, str(self.path.parent))
         try:
             spec.loader.exec_module(module)
@@ -646,8 +659,6 @@ class Script:
             raise UserError(f"{self.path} cannot be loaded: {where(e, self.path)}") from e
         finally:
             sys.path.remove(str(self.path.parent))
-            if known is not None:
-                sys.modules[self.name] = known
         return module
 
     def must(self, holds, complaint):
@@ -686,8 +697,9 @@ class Script:
             kind = type(TRAINER_HPARAMS.get(name, 0 if name == "n_classes" else value))
             fits = kind not in (int, float) or type(value) in (int, kind)
             self.must(fits, entry + f"it must be a {'whole ' if kind is int else ''}number")
+            self.must(name != "eps", ": hparams has 'eps', by which name losses are given their uniforms")
             self.must(name in read, f": hparams has {name!r}, but no constructor and no loss of the script names it")
-            hparams[name] = float(value) if kind is float else value
+            hparams[name] = float(value) if isinstance(value, float) or kind is float else value
         return hparams
 
     def build(self, role, i, s, device):
@@ -742,8 +754,8 @@ def calling(script, what):
         raise
     except (Exception, SystemExit) as e:
         text = where(e, script.path)
-        if dist.is_initialized() and not text.startswith("line "):  # not the script's doing: another rank is gone
-            raise
+        if dist.is_initialized() and isinstance(e, RuntimeError) and not text.startswith("line "):
+            raise                                                   # not the script's doing: another rank is gone
         raise UserError(f"{script.path}: {what} failed: {text}") from e
 
 
@@ -760,10 +772,13 @@ def probe(script, s, group):
     script.must(shape(x) == size,
                 f": Generator returned {shape(x)} for {asked}; expected {size} (--image-size {s.image_size})")
     D = group.nets["D"].net
+    script.must(all(isinstance(v, torch.Tensor) for n in group.nets.values() for v in n.net.state_dict().values()),
+                ": state_dict holds what is no tensor (get_extra_state); keep state in buffers")
     before = {k: v.clone() for k, v in D.state_dict().items()}
-    takes_y = takes(D.forward, "y")
+    takes_y = script.conditional and takes(D.forward, "y")
     with torch.no_grad(), calling(script, f"Discriminator called with images {size}{' and y (2,)' if takes_y else ''}"):
-        out, _ = with_logs(D(x, *(y if takes_y else ())))
+        out = D(x, *(y if takes_y else ()))
+    out = out[0] if isinstance(out, tuple) and out else out
     script.must(shape(out) in {(2,), (2, 1), (2, 1, 1, 1)},
                 f": Discriminator returned {shape(out)} for images {size}; "
                 "expected scores (2,), (2, 1) or (2, 1, 1, 1), or a tuple that begins with them")
@@ -776,6 +791,12 @@ def probe(script, s, group):
         value, logs = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
         script.must(shape(value) == () and value.requires_grad and isinstance(logs, dict),
                     f": {name} returned {shape(value)}; expected a scalar with a gradient, or (scalar, dict)")
+        for k, v in logs.items():
+            number = isinstance(v, (int, float)) or isinstance(v, torch.Tensor) and v.numel() == 1
+            script.must(number, f": {name} logs {k!r}, which is no number but {shape(v)}")
+            script.must(k != "loss", f": {name} logs 'loss', a name that is taken by what it returns")
+    made = ", ".join(D.state_dict().keys() - before.keys())
+    script.must(not made, f": Discriminator made {made} when it was called; make it in __init__")
     D.load_state_dict(before)
 
 
@@ -788,7 +809,7 @@ class Data:
         whole = hashlib.blake2b(images.numpy(), digest_size=16)     # no copy of what may be gigabytes
         whole.update(labels.numpy())
         self.digest = whole.hexdigest()
-        self.s, self.orders = s, {}
+        self.s, self.order = s, functools.lru_cache(2 * s.groups)(self.drawn_order)     # this epoch's and the last
         own = [torch.nonzero(labels == c)[:, 0] for c in range(len(classes))] if s.balance else []
         own = [indices for indices in own if len(indices)]          # a class may have nothing but unreadable files
         self.of_class = own if len(set(map(len, own))) > 1 else []
@@ -805,12 +826,6 @@ class Data:
         epochs = range(places[0] // self.shown, places[-1] // self.shown + 1)
         return torch.cat([self.order(e, group)[torch.from_numpy(places[places // self.shown == e] % self.shown)]
                           for e in epochs])
-
-    def order(self, epoch, group):
-        if (group, epoch) not in self.orders:
-            self.orders = {k: v for k, v in self.orders.items() if k[0] != group or k[1] == epoch - 1}
-            self.orders[group, epoch] = self.drawn_order(epoch, group)
-        return self.orders[group, epoch]
 
     def drawn_order(self, epoch, group):
         """Every image once; with --balance every class as often as the largest, so images of small ones repeatedly."""
@@ -1219,7 +1234,8 @@ def check_split(script, s, group):
     real = draw(0, 0, 0, "split real", "uniform", (4, 3, s.image_size, s.image_size)).to(device) * 2 - 1
     eps = draw(0, 0, 0, "split eps", "uniform", (4, 1, 1, 1)).to(device)
     hint = f"so the batch cannot be spread over processes; use at most one process per group (--nproc {s.groups})"
-    for name, args in (("Generator", (z, *y)), ("Discriminator", (real, *y) if takes(D.forward, "y") else (real,))):
+    inputs = {"Generator": (z, *y), "Discriminator": (real, *y) if takes(D.forward, "y") else (real,)}
+    for name, args in inputs.items():
         layer = mixing_layer(nets[name], args)
         if layer is not None:
             kind = type(nets[name].get_submodule(layer)).__name__
@@ -1238,8 +1254,15 @@ def check_split(script, s, group):
             continue
         why = "draws random numbers by itself, others in each process" if draws else "is not a mean over the batch"
         script.must(mean, f": {name} {why}, {hint}")
-    for net in nets.values():
+    for name, net in nets.items():
         net.train()
+        network, moved = group.nets[name[0]], []
+        for rows in HALVES[1:]:
+            with torch.no_grad(), network.frozen():                 # after which all buffers are as before
+                net(*(v[rows] for v in inputs[name]))
+                moved.append([getattr(m, buffer).clone() for m, buffer in network.others])
+        script.must(all(map(torch.equal, *moved)),
+                    f": a buffer of {name} keeps statistics of the batch, others in each process, {hint}")
 
 
 HALVES = slice(0, 4), slice(0, 2), slice(2, 4)      # a batch of four, whole and in its two halves
@@ -1286,6 +1309,7 @@ def settle_norms(G, s):
     for m in norms:
         m.reset_running_stats()
         m.train().momentum = None                                   # the plain mean of all passes
+    seed_torch(s.seed, 0, 0, "norms")                               # for a script that draws by itself
     with parametrize.cached():
         for k in range(NORM_CHUNKS if norms else 0):
             G(*(a.to(norms[0].running_mean.device) for a in chunk_of_inputs(s, k, "norms")))
@@ -1296,8 +1320,8 @@ def settle_norms(G, s):
 @torch.inference_mode()
 def generate(G, z, y=None):
     """Images of a generator in eval mode: z (n, z_dim), y (n,) or None -> uint8 (n, H, W, 3)."""
-    device = next(G.parameters()).device
-    parts = []
+    device, parts = next(G.parameters()).device, []
+    seed_torch(0, 0, 0, f"images {digest(z.numpy())}")              # for a script that draws by itself
     with parametrize.cached():
         for k in range(0, len(z), CHUNK):
             a = z[k:k + CHUNK].to(device)
@@ -1398,7 +1422,7 @@ def variety(trainer, g):
     for images, labels in ((fakes, y), (data.images[order[picks]], own[picks])):
         x, labels = images.to(trainer.device).float().div_(127.5).sub_(1), labels.to(trainer.device)
         seen = {"pixels": torch.nn.functional.interpolate(x, size=(16, 16), mode="area"),
-                "features": last_input(g.nets["D"], trainer.arrange(x), labels, s.batch_size)}
+                "features": last_input(g.nets["D"], trainer.arrange(x), labels if data.classes else None, s.batch_size)}
         found.append({name: spreads(v, labels, n) for name, v in seen.items() if v is not None})
     share = lambda fake, real: round(fake / real, 4) if real > 0 and fake < math.inf else None
     return {name: [share(*pair) for pair in zip(of_fakes, found[1][name])] for name, of_fakes in found[0].items()}
@@ -1421,7 +1445,7 @@ def last_input(critic, x, y, size):
     with torch.no_grad(), critic.frozen():
         net.eval()
         for k in (torch.arange(len(x) + -len(x) % size) % len(x)).split(size):
-            net(x[k], *((y[k],) if takes(net.forward, "y") else ()))
+            net(x[k], *(() if y is None or not takes(net.forward, "y") else (y[k],)))
             rows += [last["x"].flatten(1).float()] if last and len(last["x"]) == size else []
         net.train()
     for hook in hooks:
@@ -1523,8 +1547,11 @@ def save_checkpoint(trainer, out):
         return
     for i, group in enumerate(state["groups"], 1):
         for role in group.keys() - {"ema"}:
+            n = trainer.groups[0].nets[role].net
+            learnt = [group[role]["net"][name] for name, _ in n.named_parameters()]
             sums = [v for of_one in group[role]["opt"].values() for v in of_one.values()]
-            if not all(v.isfinite().all() for v in (*group[role]["net"].values(), *sums)):
+            whole = not any(v.isnan().any() for v in group[role]["net"].values())   # a mask of -inf may be a buffer
+            if not whole or not all(v.isfinite().all() for v in (*learnt, *sums)):
                 raise lost(trainer.step_count, f"weights or moments of the {ROLES[role.lower()]} of group {i} are", out)
     with replacing(out / "checkpoint.pt") as f:
         torch.save(state, f)
@@ -1600,7 +1627,7 @@ def load_generator(path, device="cpu", model=None, as_scored=False):
     try:
         G = script.Generator(**d["kwargs"])
         G.load_state_dict(d["state_dict"])
-        if not all(v.isfinite().all() for v in d["state_dict"].values()):
+        if not all(v.isfinite().all() for v in G.parameters()) or any(v.isnan().any() for v in G.buffers()):
             raise ValueError("its numbers are not finite")
     except Exception as e:                                          # a constructor may raise anything at such arguments
         raise UserError(f"{path} does not fit {model or d['model']}: {brief(e)}") from e
@@ -1647,7 +1674,7 @@ def check_state(trainer, states):
             fits = isinstance(v, torch.Tensor) and (v.shape, v.dtype, v.layout) == (w.shape, w.dtype, torch.strided)
             if not fits:
                 raise ValueError(f"{place} {name} is no {str(w.dtype).split('.')[-1]} tensor {tuple(w.shape)}")
-            if w.is_floating_point() and not v.isfinite().all():
+            if w.is_floating_point() and w.isfinite().all() and not v.isfinite().all():
                 raise ValueError(f"{place} {name} is not finite")
 
     for g in trainer.groups:
@@ -2027,6 +2054,7 @@ def parse(argv, prog="okd_train.py", description=None, more=None):
     script, model = named_script(argv)
     p = Parser(prog=prog, allow_abbrev=False, description=description or __doc__,
                epilog=None if description else MORE_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)     # argparse's knows no -1e-3
     trainer_flags(p)
     if more:
         more(p)
@@ -2110,8 +2138,10 @@ def fault(name, value):
         return "is empty"
     if isinstance(value, str) and "\0" in value:
         return "holds a null character"
-    if name == "range" and value is not None and not is_range(value):
-        return f"is {value}; it must be two numbers, the first below the second"
+    if name == "range" and value is not None:
+        numbers = len(value) == 2 and all(type(v) in (int, float) for v in value)
+        if not (numbers and -math.inf < value[0] < value[1] < math.inf):
+            return f"is {value}; it must be two numbers, the first below the second"
     if isinstance(value, float) and not math.isfinite(value):
         return f"is {value}; it must be finite"
     if low is not None and value < low:
@@ -2119,11 +2149,6 @@ def fault(name, value):
     if high is not None and value > high:
         return f"is {value}; it must be at most {high}"
     return ""
-
-
-def is_range(value):
-    numbers = len(value) == 2 and all(type(v) in (int, float) for v in value)
-    return numbers and -math.inf < value[0] < value[1] < math.inf
 
 
 def take_settings(s, script, named):
@@ -2277,7 +2302,7 @@ def train(s, script, named, changed, lock):
 
 def settle_channels(s, script, named, changed, data):
     """One channel for grey images, under a recipe of a script that can make one; what there is to say about it."""
-    if "channels" not in script.hparams:
+    if script.hparams.get("channels") not in (1, 3):                # of a script of one's own it may be its width
         return ""
     red, green, blue = data.images.unbind(1)
     grey = torch.equal(red, green) and torch.equal(red, blue)
@@ -2401,8 +2426,9 @@ def say_goodbye(trainer, s, out, scores, progress, signalled, seconds):
     done = f"Done: {step} steps, {span(seconds)}."
     if step < s.steps:
         done = f"--max-seconds reached at step {step} of {s.steps}; --resume goes on."
-    progress.say(f"{done} Look at {out / 'samples'}/; python sample.py {out} 1000 writes images, "
-                 f"python report.py {out} a page.")
+    run = shlex.quote(str(out))
+    progress.say(f"{done} Look at {out / 'samples'}/; python sample.py {run} 1000 writes images, "
+                 f"python report.py {run} a page.")
 
 
 def holds_run(out):
@@ -2506,12 +2532,12 @@ def announcement(trainer, named, changed, precision):
         text += f" The recipe {s.recipe} set {', '.join(f'{flag(k)} {v}' for k, v in changed.items())}."
     if trainer.step_count:
         text += f" Resumed at step {trainer.step_count}."
-    without_ring = {"rho", "c_lr", "c_penalty", "c_aux"} if s.groups == 1 else set()
-    without_scores = {"fid_samples", "fid_data", "fid_features"} if not s.fid_every else set()
-    without_classes = {"balance"} if not data.classes else set()
-    for idle, why in ((without_ring, "one group has no connector"), (without_classes, f"{script.name} has no classes"),
-                      (without_scores, "scores are made with --fid-every K only")):
-        if idle & named:
+    for off, idle, why in (
+            (s.groups == 1, {"rho", "c_lr", "c_penalty", "c_aux"}, "one group has no connector"),
+            (not data.classes, {"balance"}, f"{script.name} has no classes"),
+            (not s.data, {"range", "upright", "skip_bad"}, "no --data was given"),
+            (not s.fid_every, {"fid_samples", "fid_data", "fid_features"}, "scores are made with --fid-every K only")):
+        if off and idle & named:
             text += f" Note: {', '.join(map(flag, sorted(idle & named)))} without effect, {why}."
     if s.groups > 1 and s.rho > 1:
         text += " Note: with rho above 1 it pays a generator to copy its neighbour rather than to follow the data."
@@ -2620,10 +2646,8 @@ def pick_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type == "cuda":
-            if device.index is None:                                # the second machine's rank 8 has local rank 0
-                local_rank = int(os.environ.get("LOCAL_RANK", 0))
-                device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
+        if device.type == "cuda" and device.index is None:          # the second machine's rank 8 has local rank 0
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count()))
         torch.zeros(1, device=device).item()                        # "meta" has no values
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -2835,7 +2859,9 @@ def guarded(program, work):
         status, words, late = 130, "interrupted", False
     except (UserError, OSError, UnicodeEncodeError) as e:   # OSError: stdout on a full disk or gone, a long name
         rank = rank_here()
-        status, words, late = 2, f"error: {f'rank {rank}: ' if rank else ''}{one_line(in_words(e))}", rank > 0
+        if isinstance(e, UnicodeEncodeError):
+            e = f"the locale has no letters for {e.object!r}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        status, words, late = 2, f"error: {f'rank {rank}: ' if rank else ''}{one_line(e)}", rank > 0
     except RuntimeError as e:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
@@ -2868,13 +2894,6 @@ def flush_stdout():
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
-
-
-def in_words(error):
-    """What to tell of an error that the user can mend."""
-    if not isinstance(error, UnicodeEncodeError):
-        return error
-    return f"the locale has no letters for {error.object!r}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
 
 
 def rank_here():

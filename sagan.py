@@ -139,7 +139,10 @@ class Discriminator(nn.Module):
         self.net = nn.Sequential(*layers, nn.Conv2d(inp, 1, 4))
 
     def forward(self, x):
-        s = self.net(x).flatten()                                   # (B, 1, 1, 1) -> (B,)
+        s = self.net(x)                                             # (B, 1, 1, 1)
+        if s.shape[1:].numel() != 1:
+            raise ValueError(f"this Discriminator was built for images of another size than {tuple(x.shape[2:])}")
+        s = s.flatten()
         return s.to(torch.promote_types(s.dtype, torch.float32))    # autocast may have made it bf16
 
 
@@ -178,19 +181,21 @@ def eager_attention(q, k, v):
 
 def _best_attention():
     """That of kernels/attention.py beside this file, whatever else is called kernels; or else the above."""
+    if "__file__" not in globals():                                 # pasted into a notebook
+        return eager_attention
     path = Path(__file__).resolve().parent / "kernels" / "attention.py"
     if not path.is_file():
         return eager_attention
     kernels = sys.modules.get("kernels") or importlib.util.find_spec("kernels")                 # found, not run
     places = getattr(kernels, "__path__", None) or getattr(kernels, "submodule_search_locations", None) or ()
     if [Path(place).resolve() for place in places][:1] == [path.parent]:
-        return importlib.import_module("kernels.attention").self_attention
+        return getattr(importlib.import_module("kernels.attention"), "self_attention", eager_attention)
     name = "okd_gan.kernels.attention"                              # a foreign package keeps its own name
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name].self_attention
+    return getattr(sys.modules[name], "self_attention", eager_attention)                       # it may be another's
 
 
 self_attention = _best_attention()
@@ -242,11 +247,18 @@ def connector_loss(C, neighbour, own, eps=None, lambda_gp=10.0, loss="wgan-gp", 
 
 def generator_loss(D, fake, loss="wgan-gp"):
     """fake (B, 3, H, W) with its graph -> scalar. The same for wgan-gp and hinge; with r1 non-saturating."""
+    _check_loss(loss)
     s = D(fake)
     return F.softplus(-s).mean() if loss == "r1" else -s.mean()
 
 
+def _check_loss(loss):
+    if loss not in ("wgan-gp", "hinge", "r1"):
+        raise ValueError(f"loss is {loss!r}; it is wgan-gp, hinge or r1")
+
+
 def _critic_loss(D, real, fake, eps, lambda_gp, loss, lambda_r1, one_sided):
+    _check_loss(loss)
     if loss == "r1":
         return _r1_loss(D, real, fake, lambda_r1)
     s = D(torch.cat([real, fake]))                                  # one pass: no layer mixes samples
@@ -255,8 +267,6 @@ def _critic_loss(D, real, fake, eps, lambda_gp, loss, lambda_r1, one_sided):
     logs = {"w": w.detach()}
     if loss == "hinge":
         return F.relu(1 - s_real).mean() + F.relu(1 + s_fake).mean(), logs
-    if loss != "wgan-gp":
-        raise ValueError(f"loss is {loss!r}; it is wgan-gp, hinge or r1")
     penalty, logs["grad_norm"] = gradient_penalty(D, real, fake, eps, one_sided)
     return lambda_gp * penalty - w, logs
 
@@ -278,11 +288,12 @@ def _r1_loss(D, real, fake, lambda_r1):
 def gradient_penalty(D, a, b, eps=None, one_sided=False):
     """Mean over the batch of (|grad D(x)| - 1)^2 at x = eps * a + (1 - eps) * b, and the mean of |grad D(x)|.
 
-    a, b (B, C, H, W); eps (B, 1, 1, 1) in [0, 1), drawn here if None. The norm runs over C, H, W of each sample and has
-    the gradient 0 where it is 0 (the square root of a sum of squares has NaN there). one_sided: max(0, |grad| - 1)^2.
+    a, b (B, C, H, W); eps (B, 1, 1, 1) or (B,) in [0, 1), drawn here if None. The norm runs over C, H, W of each sample
+    and has the gradient 0 where it is 0 (the square root of a sum of squares has NaN there). one_sided:
+    max(0, |grad| - 1)^2.
     """
     eps = torch.rand(len(a), 1, 1, 1, device=a.device, dtype=a.dtype) if eps is None else eps
-    x = torch.lerp(b, a, eps).requires_grad_()
+    x = torch.lerp(b, a, eps.view(-1, 1, 1, 1)).requires_grad_()
     with torch.autocast(x.device.type, enabled=False):              # a second derivative wants more than 8 bits
         grad, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     norm = torch.linalg.vector_norm(grad.flatten(1), dim=1)         # (B,)

@@ -138,7 +138,11 @@ def how_to_repeat(s, e):
     real, sides = s.fid_data or s.data, [str(e.target / f"{g}{'.npz' * e.npz}") for g in e.plan["groups"]]
     words = ["python", "fid.py", real, *sides, "--size", str(s.image_size)]
     words += ["--features", s.fid_features] * (s.fid_features != "inception")
+    words += ["--upright"] * s.upright + ["--skip-bad"] * s.skip_bad
+    words += ["--range", *map(str, s.range)] if s.range else []
     command = shlex.join(words) if real else "the built-in images they were compared with lie in no folder"
+    if real and {c is None for _, c in okd_train.class_files(real, False)[0]} == {True, False}:
+        command += f" (which leaves out what lies in folders of {real}; the score does not)"
     return f"{e.scores['score']} at step {e.scores['step']}: {numbers}. Once more: {command}"
 
 
@@ -172,6 +176,7 @@ class Export:
         self.partial = self.target.parent / f".{self.target.name}.partial"
         self.lock = self.target.parent, f".{self.target.name}.lock", f"{self.target} is being written", "--to"
         with ranks.together():
+            refuse_full(self.target)
             files = group_files(args.group, s.groups, out)
             self.scores = scores_of(files, s.groups, out) if args.scored else None
             self.counts = ([("", None, self.scores["samples"])] if self.scores else
@@ -190,7 +195,7 @@ class Export:
         if len({of["step"] for of in groups.values()}) > 1:
             steps = ", ".join(f"{g} of step {of['step']}" for g, of in groups.items())
             self.progress.say(f"Note: these generators are of unequal steps: {steps}. A run that was killed while it "
-                              f"saved is mended by python okd_train.py --out {out} --resume.")
+                              f"saved is mended by python okd_train.py --out {shlex.quote(str(out))} --resume.")
 
     def files(self, job):
         """The files that a job fills: a chunk for the .npz to come, or the PNGs."""
@@ -351,14 +356,22 @@ def scores_of(files, n_groups, out):
     UserError where there is none of their step: then no score is of their images.
     """
     lines = {line["step"]: line for line in okd_train.score_lines(out, n_groups)}
-    steps = {path.name: okd_train.load_file(path).get("step") for path in (files or {}).values()}
+    steps = {path.name: okd_train.step_of(path) for path in (files or {}).values()}
     if not lines or not files:
         raise okd_train.UserError(f"--scored: {out} has no scores; train with --fid-every")
     for name, step in steps.items():
         if step not in lines:
             raise okd_train.UserError(f"--scored: {name} is of step {step}, of which fid.jsonl has no score (the last "
                                       f"is of step {max(lines)}); --group best takes the step with the lowest")
-    return lines[max(steps.values())]
+    if len(set(steps.values())) > 1:
+        said = ", ".join(f"{name} of step {step}" for name, step in steps.items())
+        raise okd_train.UserError(f"--scored: these generators are of unequal steps ({said}), a line of scores is of "
+                                  "one; name a group")
+    line = lines[max(steps.values())]
+    if type(line.get("samples")) is not int:
+        raise okd_train.UserError(f"--scored: fid.jsonl does not say how many images its scores of step {line['step']} "
+                                  "are of")
+    return line
 
 
 def score_now(s, script, saved, ranks, device):
@@ -483,12 +496,16 @@ def save_whole(a, path):
             np.save(f, a)
 
 
+def refuse_full(target):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise okd_train.UserError(f"{target} is not empty; move it away, or name another folder with --to")
+
+
 def open_folder(target, partial, plan):
     """Make the hidden folder in which an export grows, or refuse the one that is there if it has another plan."""
     with okd_train.writing(target):
+        refuse_full(target)
         if os.path.lexists(target):
-            if not target.is_dir() or any(target.iterdir()):
-                raise okd_train.UserError(f"{target} is not empty; move it away, or name another folder with --to")
             target.rmdir()                                          # now: shows that it can be replaced at the end
         if partial.exists() and all(p.name.startswith(".") for p in partial.iterdir()):
             shutil.rmtree(partial)                                  # killed before export.json stood
@@ -498,8 +515,8 @@ def open_folder(target, partial, plan):
             return
     try:
         old = json.loads((partial / "export.json").read_text())
-        other = ", ".join(k for k in plan if old[k] != plan[k])
-    except (OSError, ValueError, KeyError, TypeError):
+        other = ", ".join(k for k in sorted({*old, *plan}) if old.get(k) != plan.get(k))
+    except (OSError, ValueError, AttributeError, TypeError):
         other = "unreadable"
     if other:
         raise okd_train.UserError(f"{partial} holds an unfinished export with other settings ({other}): "

@@ -22,6 +22,7 @@ import concurrent.futures
 import functools
 import importlib.util
 import os
+import shlex
 import signal
 import sys
 import time
@@ -572,7 +573,7 @@ def main(argv=None):
         started = time.monotonic()
         n_boxes = render_tree(a.target, a.photos, a.seed, a.workers or min(crop_codebrim.cores(), 16))
         print(f"{a.photos} photos with {n_boxes} boxes in {a.target}, {time.monotonic() - started:.1f} s; "
-              f"next: python crop_codebrim.py {a.target} crops")
+              f"next: python crop_codebrim.py {shlex.quote(str(a.target))} crops")
     return crop_codebrim.guarded("synthetic.py", work)
 
 

@@ -53,16 +53,16 @@ class StepGraph:
             self.lanes.run(self.eager)              # as it will be captured
             self.warm += 1
             return
-        if not self.why and (not self.graphs or self.key != key):
+        if not self.why and (self.replays is None or self.key != key):
             self.capture(key)
-        if self.graphs:
+        if self.replays is not None:
             self.replay()
         else:
             self.eager()
 
     @property
     def warming(self):
-        return not self.graphs and not self.why and self.warm < WARM_UP
+        return self.replays is None and not self.why and self.warm < WARM_UP
 
     def eager(self):
         for part, _ in self.parts:
@@ -75,7 +75,7 @@ class StepGraph:
     def capture(self, key=None):
         """Record the step, and keep the recording only if a replay does what an eager step does from the same state.
 
-        Nothing has moved afterwards. Call it after an eager step at least.
+        Of moving() nothing has moved afterwards. Call it after an eager step at least.
         """
         self.drop()
         self.key = key
@@ -86,7 +86,7 @@ class StepGraph:
             why = self.first(self.record_parts())
         if why is None:
             found = self.tried(self.replay, before)
-            worst = self.largest(max(map(difference, expected, found)))
+            worst = self.largest(max(map(difference, expected, found), default=0))
             if worst > PROOF:
                 why = f"a replay differed from an eager step by {worst:.1g} of the largest gradient"
         if why is not None:
@@ -242,11 +242,17 @@ class Inputs:
         return plan
 
     def put(self, plan):
+        """Send the next values; ValueError where they have not the names, shapes and types of the first."""
         k = self.turn = (self.turn + 1) % len(self.hosts)
         if self.sent:
             self.sent[k].synchronize()              # its last copy, STAGES steps ago, still reads that memory
-        for places, values in zip(self.staging[k], plan):
+        for places, values in zip(self.staging[k], plan, strict=True):
+            if places.keys() != values.keys():
+                raise ValueError(f"the inputs {list(values)} are not {list(places)}, those that there are places for")
             for key, value in values.items():
+                if (value.shape, value.dtype) != (places[key].shape, places[key].dtype):
+                    raise ValueError(f"input {key!r} is {value.dtype} {tuple(value.shape)}; its place is "
+                                     f"{places[key].dtype} {tuple(places[key].shape)}")
                 places[key].copy_(value)
         if self.sent:
             self.packed.copy_(self.hosts[k], non_blocking=True)

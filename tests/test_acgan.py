@@ -41,6 +41,22 @@ def test_bad_settings_are_named(bad):
         acgan.Discriminator(**bad)
 
 
+@pytest.mark.parametrize("bad", [dict(loss="hinge"), dict(class_loss="all")])
+def test_losses_that_do_not_exist_are_named(bad):
+    D, fake, y = acgan.Discriminator(image_size=32, ch=2, n_classes=2), torch.zeros(2, 3, 32, 32), torch.arange(2)
+    for call in (lambda: acgan.generator_loss(D, fake, y, **bad),
+                 lambda: acgan.discriminator_loss(D, fake, fake, y, y, **bad)):
+        with pytest.raises(ValueError, match="it is b"):
+            call()
+
+
+def test_the_penalty_is_of_the_images_dtype():
+    D = acgan.Discriminator(image_size=32, ch=2, n_classes=2, loss="wgan-gp").double()
+    real, y = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.arange(2)
+    loss, _ = acgan.discriminator_loss(D, real, 1 - real, y, y, loss="wgan-gp")
+    assert loss.dtype == torch.float64 and loss.isfinite()
+
+
 @pytest.mark.parametrize("bad", [dict(up="bilinear"), dict(channels=2)])
 @pytest.mark.parametrize("network", [acgan.Generator, sagan.Generator])
 def test_bad_settings_of_a_generator_are_named(network, bad):

@@ -250,7 +250,7 @@ OKD = [
     (["--rho", "half"], "invalid float value"),
     (["--g-lr", "inf"], "--g-lr is inf"),
     (["--d-lr=-1e-3"], "--d-lr is -0.001"),
-    (["--d-lr", "-1e-3"], "--d-lr: expected one argument"),
+    (["--d-lr", "-1e-3"], "--d-lr is -0.001"),
     (["--lambda-gp", "nan"], "--lambda-gp is nan"),
     (["--beta1", "-0.1"], "--beta1 is -0.1"),
     (["--beta2", "1"], "--beta2 is 1.0"),

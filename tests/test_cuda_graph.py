@@ -175,9 +175,19 @@ def test_from_graph_to_eager_and_back(recorded):
     assert_same(whole.state(), t.state())
 
 
-def test_a_script_that_draws_is_not_captured(recorded, tmp_path):
+STILL = OTHER.replace("nn.Dropout(0.1)", "nn.Tanh()").replace("nn.Dropout(drop)", "nn.Dropout(0 * drop)")
+OF_PYTHON, OF_NUMPY = (f"""{STILL}
+import random
+import numpy
+def generator_loss(D, fake):
+    return -D(fake).mean() * {call}
+""" for call in ("random.random()", "float(numpy.random.rand())"))
+
+
+@pytest.mark.parametrize("text", [OTHER, OF_PYTHON, OF_NUMPY])
+def test_a_script_that_draws_is_not_captured(text, recorded, tmp_path):
     path = tmp_path / "other.py"
-    path.write_text(OTHER)
+    path.write_text(text)
     a, b = recorded("--model", str(path), "--groups", "2"), eager("--model", str(path), "--groups", "2")
     run_both(a, b, 6)
     why = "other.py draws random numbers by itself"
@@ -437,6 +447,23 @@ def test_inputs_keep_their_places():
         assert_same(inputs.plan, plan(k))
         assert {name: t.data_ptr() for name, t in flat(inputs.plan).items()} == places
         assert all(t.dtype == flat(plan(k))[name].dtype for name, t in flat(inputs.plan).items())
+
+
+@pytest.mark.parametrize("plan", [
+    [{"z": torch.zeros(3)}], [{"z": torch.zeros(3), "rates": torch.tensor(1.0)}],
+    [{"z": torch.zeros(1), "rate": torch.tensor(1.0)}], [{"z": torch.zeros(3), "rate": torch.tensor(1)}], []])
+def test_inputs_of_other_names_shapes_and_types_are_refused(plan):
+    inputs = cuda_graph.Inputs([{"z": torch.ones(3), "rate": torch.tensor(0.5)}], torch.device("cpu"))
+    with pytest.raises(ValueError):
+        inputs.put(plan)
+
+
+def test_a_step_of_host_parts_alone_is_decided_once():
+    calls = []
+    graph = cuda_graph.StepGraph([(lambda: calls.append(1), True)], list, list, cuda=False)
+    for _ in range(20):
+        graph.step()
+    assert graph.why is None and len(calls) <= 20 + 3
 
 
 def test_any_step_is_warmed_up_captured_and_replayed(monkeypatch):

@@ -577,6 +577,151 @@ def test_loading_a_script_leaves_the_path_as_it_was(other):
     assert okd_train.Script(str(other)).name == "my other gan" and sys.path == before
 
 
+PLAIN = '''
+import random
+import numpy as np
+import torch
+from torch import nn
+hparams = dict(image_size=16, z_dim=6, batch_size=4)
+class Generator(nn.Module):
+    def __init__(self, z_dim):
+        super().__init__()
+        self.f = nn.Linear(z_dim, 768)
+        self.register_buffer("kept", torch.zeros(6))
+    def forward(self, z):
+        pass  # forward of G
+        return self.f(z).view(-1, 3, 16, 16).tanh()
+class Discriminator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Conv2d(3, 1, 16)
+        self.register_buffer("seen", torch.zeros(()))
+    def forward(self, x):
+        pass  # forward of D
+        return self.f(x)
+def generator_loss(D, fake):
+    return -D(fake).mean()
+def discriminator_loss(D, real, fake):
+    logs = {}
+    return D(fake).mean() - D(real).mean() + D(real).square().mean(), logs
+'''
+
+
+def plain(folder, old="", new="", name="gan.py"):
+    """A whole script in which `old` is `new`."""
+    assert old in PLAIN
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(PLAIN.replace(old, new))
+    return folder / name
+
+
+IN_G, IN_D = "pass  # forward of G", "pass  # forward of D"
+
+
+@pytest.mark.parametrize("old, new", [
+    (IN_G, "self.kept = 0.9 * self.kept + z.mean(0).detach() if self.training else self.kept"),
+    ("logs = {}", "logs = {}; fake = fake * random.random() * float(np.random.uniform(0.5, 1))"),
+    ("logs = {}", "logs = {}; fake = fake + torch.randn_like(fake)")])
+def test_what_a_script_keeps_and_draws_by_itself_resumes(old, new, photos, tmp_path):
+    """A buffer that it assigns anew; numbers of random, numpy and torch."""
+    common = ["--model", plain(tmp_path / "script", old, new), "--groups", "2", "--data", photos]
+    train(*common, "--steps", "4", "--out", tmp_path / "whole")
+    train(*common, "--steps", "2", "--out", tmp_path / "parts")
+    random.random()
+    np.random.random()
+    train(*common, "--steps", "4", "--out", tmp_path / "parts", "--resume")
+    state = checkpoint(tmp_path / "whole")
+    assert_same(state, checkpoint(tmp_path / "parts"))
+    for group in state["groups"]:
+        assert torch.equal(group["ema"]["kept"], group["G"]["net"]["kept"])
+        assert group["ema"]["kept"].any() == (old == IN_G)
+
+
+def test_a_frozen_critic_keeps_a_buffer_that_is_assigned_anew(photos, tmp_path):
+    counts = []
+    for k, line in enumerate(("self.seen = self.seen + 1", "self.seen += 1")):
+        out = tmp_path / f"run{k}"
+        train("--model", plain(tmp_path / "script", IN_D, line), "--groups", "1", "--data", photos, "--steps", "2",
+              "--out", out)
+        counts.append(checkpoint(out)["groups"][0]["D"]["net"]["seen"].item())
+    assert counts == [6, 6]                                         # three calls of each D's step, none of G's
+
+
+def test_a_generator_that_draws_when_it_is_looked_at_makes_the_same_images(tmp_path):
+    script = plain(tmp_path, IN_G, "z = z + torch.randn_like(z)")
+    t = setup("--model", str(script), "--groups", "1")
+    z = torch.zeros(60, 6)
+    assert np.array_equal(okd_train.generate(t.groups[0].ema, z), okd_train.generate(t.groups[0].ema, z))
+
+
+def test_a_mask_of_infinities_is_no_lost_weight(photos, tmp_path):
+    script = plain(tmp_path / "script", "torch.zeros(6)", "torch.full((6,), -torch.inf)")
+    common = ["--model", script, "--groups", "1", "--data", photos, "--out", tmp_path / "run"]
+    train(*common, "--steps", "1")
+    train(*common, "--steps", "2", "--resume")
+    assert okd_train.load_generator(tmp_path / "run/G1.pt").kept.isinf().all()
+
+
+@pytest.mark.parametrize("old, new", [
+    ("return self.f(x)", "return self.f(x), x, x"), ("return self.f(x)", "return self.f(x),"),
+    ("def forward(self, x)", "def forward(self, x, y=None)")])
+def test_scores_may_begin_a_tuple_of_any_length_and_y_may_be_left_out(old, new, tmp_path):
+    script = plain(tmp_path, old, new)
+    script.write_text(script.read_text().split("def generator_loss")[0])            # with the trainer's own losses
+    t = setup("--model", str(script), "--groups", "2")
+    okd_train.probe(t.script, t.s, t.groups[0])
+    t.step()
+    okd_train.variety(t, t.groups[0])
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("logs = {}", 'logs = {"scores": D(real).detach().flatten()}', "logs 'scores', which is no number but (2,)"),
+    ("logs = {}", 'logs = {"phase": "warm"}', "logs 'phase', which is no number but str"),
+    ("logs = {}", 'logs = {"loss": 1.0}', "logs 'loss', a name that is taken"),
+    (IN_D, 'self.register_buffer("grid", x[0])', "made grid when it was called"),
+    ("def generator_loss", "Discriminator.get_extra_state = lambda self: 1\ndef generator_loss", "get_extra_state"),
+    ("batch_size=4", "batch_size=4, eps=0.1", "hparams has 'eps'")])
+def test_what_a_script_may_not_is_said_before_a_folder_is_made(old, new, words, photos, tmp_path, capsys):
+    argv = ["--model", plain(tmp_path / "script", old, new), "--data", photos, "--out", tmp_path / "run"]
+    assert words in refused(capsys, *argv) and not (tmp_path / "run").exists()
+
+
+def test_a_script_hides_no_module_of_its_name(photos, tmp_path):
+    script = plain(tmp_path / "script", name="fractions.py")
+    known = sys.modules.pop("fractions", None)
+    try:
+        assert okd_train.Script(str(script)).name == "fractions"
+        from fractions import Fraction
+        assert Fraction(1, 2) == 0.5
+    finally:
+        sys.modules["fractions"] = known
+
+
+def test_channels_of_ones_own_are_left_alone(tmp_path):
+    script = plain(tmp_path, "def __init__(self, z_dim)", "def __init__(self, z_dim, channels=64)")
+    script.write_text(script.read_text().replace("z_dim=6,", "z_dim=6, channels=64,"))
+    s, script, named = okd_train.parse(["--model", str(script), "--quick"])
+    changed = okd_train.settle(s, script, named)
+    grey = SimpleNamespace(images=torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    assert okd_train.settle_channels(s, script, named, changed, grey) == "" and s.channels == 64
+
+
+def test_numbers_with_exponents_and_of_numpy_are_numbers(photos, tmp_path):
+    assert okd_train.parse(["--range", "-1e3", "1e3"])[0].range == [-1000.0, 1000.0]
+    script = plain(tmp_path / "script", "batch_size=4", "batch_size=4, slope=np.float64(0.5)")
+    script.write_text(script.read_text().replace("def __init__(self, z_dim)", "def __init__(self, z_dim, slope=0.1)"))
+    common = ["--model", script, "--groups", "1", "--data", photos, "--out", tmp_path / "run", "--slope", "-1e-3"]
+    train(*common, "--steps", "1")
+    train(*common, "--steps", "2", "--resume")
+    assert okd_train.read_args(tmp_path / "run")["slope"] == -0.001
+
+
+def test_a_graph_that_is_asked_for_needs_its_file(monkeypatch):
+    monkeypatch.setattr(okd_train, "kernel", lambda name: None)
+    with pytest.raises(okd_train.UserError, match="needs kernels/cuda_graph.py"):
+        setup(*TINY, "--groups", "1", "--cuda-graph", "on")
+
+
 # ---------------------------------------------------------------------------------------------- a run and its folder
 def test_a_run_leaves_what_the_readme_says(photos, tmp_path):
     out = tmp_path / "run ü"
@@ -1194,7 +1339,9 @@ def test_notes_on_settings_without_effect(photos, tmp_path, capsys):
     train(*common, "--groups", "1", "--rho", "0.3", "--out", tmp_path / "a")
     assert "--rho without effect" in capsys.readouterr().out
     train(*common, "--groups", "2", "--rho", "1.5", "--fid-samples", "9", "--out", tmp_path / "b")
+    train(*TINY, "--steps", "1", "--groups", "1", "--upright", "--out", tmp_path / "c")
     text = capsys.readouterr().out
+    assert "--upright without effect, no --data was given" in text
     assert "copy its neighbour" in text and "--fid-samples without effect" in text
     assert "--rho without effect" not in text
 

@@ -313,7 +313,13 @@ def connector_loss(C, neighbour, own, eps):
 '''
 
 
+KEEPING = OTHER.replace("return self.f(x)", "self.mean = self.mean + x.mean().detach(); return self.f(x)").replace(
+    "        self.f = nn.Sequential(nn.Flatten()", '''        self.register_buffer("mean", torch.zeros(()))
+        self.f = nn.Sequential(nn.Flatten()''')
+
+
 @pytest.mark.parametrize("text, complaint", [
+    (KEEPING, "a buffer of Discriminator keeps statistics of the batch"),
     (AUGMENTED, "generator_loss draws random numbers by itself"),
     (NOISY, "connector_loss draws random numbers by itself"),
     (RELATIVISTIC, "discriminator_loss is not a mean over the batch"),

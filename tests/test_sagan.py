@@ -68,6 +68,26 @@ def test_bad_settings_are_named(make):
         make()
 
 
+def test_settings_that_do_not_exist_and_images_of_another_size():
+    fake = torch.zeros(2, 3, 32, 32)
+    D = sagan.Discriminator(image_size=32, ch=4)
+    for call in (lambda: sagan.generator_loss(D, fake, loss="lsgan"),
+                 lambda: sagan.discriminator_loss(D, fake, fake, loss="lsgan")):
+        with pytest.raises(ValueError, match="'lsgan'; it is wgan-gp, hinge or r1"):
+            call()
+    with pytest.raises(ValueError, match="another size"):
+        D(torch.zeros(2, 3, 64, 64))
+
+
+def test_uniforms_may_be_a_vector():
+    """Of as many as the image is wide, which broadcasting would take for one a column."""
+    D, r = sagan.Discriminator(image_size=32, ch=2).eval(), torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 32, 3, 32, 32, generator=r)
+    eps = torch.rand(32, generator=r)
+    found = [sagan.gradient_penalty(D, a, b, of)[0] for of in (eps, eps.view(-1, 1, 1, 1))]
+    assert torch.equal(*found)
+
+
 # ---------------------------------------------------------------------------------------------- the reference's weights
 G_PLACES = {"l1.0": 0, "l1.1": 1, "l2.0": 3, "l2.1": 4, "l3.0": 6, "l3.1": 7, "attn1": 9, "l4.0": 10, "l4.1": 11,
             "attn2": 13, "last.0": 14}
@@ -362,6 +382,16 @@ assert sagan.self_attention.__code__.co_filename == sys.argv[1], sagan.self_atte
 assert before == (sys.modules.get("kernels"), sys.modules.get("kernels.attention"))
 """, file, path=decoys)
     assert out.returncode == 0, out.stderr
+
+
+def test_beside_a_foreign_file_of_that_name_and_pasted_into_a_notebook(copy, decoys):
+    (copy / "kernels").mkdir()
+    (copy / "kernels/attention.py").write_text("class Attention: pass")
+    alone = "assert sagan.self_attention is sagan.eager_attention"
+    for start in (NETWORKS, "import types\nsagan = types.ModuleType('cell')\n"
+                  "exec(open('sagan.py').read(), vars(sagan))\n"):
+        out = python(copy, "-c", start + alone)
+        assert out.returncode == 0, out.stderr
 
 
 def check_main(folder, name, decoys):

@@ -133,6 +133,31 @@ def test_a_score_of_training_is_got_again_from_folders_to_the_last_digit(model, 
             assert f["labels"].tolist() == [k % 2 for k in range(61)] and len(f["arr_0"]) == 61
 
 
+def test_the_printed_command_reads_the_photos_as_the_run_did(tmp_path, capsys, monkeypatch):
+    """Turned by EXIF, of 16 bits by a range of one's own, one unreadable; loose ones and folders are told."""
+    monkeypatch.chdir(tmp_path)
+    photos, r = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for k in range(9):
+        exif = Image.Exif()
+        exif[0x112] = 6
+        image = Image.fromarray(r.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        image.save(photos / f"{k}.png", exif=exif)
+        Image.fromarray(r.integers(0, 20000, (32, 32)).astype(np.uint16)).save(photos / f"deep{k}.png")
+    (photos / "bad.png").write_bytes(b"no image")
+    scored = ["--fid-every", "1", "--fid-features", "random", "--fid-samples", "20", "--upright", "--skip-bad"]
+    okd_train.main(["--groups", "1", *TINY, "--data", "photos", "--steps", "1", *scored, "--range", "0", "30000",
+                    "--out", "run"])
+    export("run", "made", "--scored")
+    line = capsys.readouterr().out.strip().splitlines()[-1].split(". Once more: ")[1]
+    assert fid.main([*shlex.split(line)[2:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rfd"] == okd_train.score_lines(tmp_path / "run")[-1]["G1"]
+    (photos / "more").mkdir()
+    shutil.copyfile(photos / "0.png", photos / "more/0.png")
+    export("run", "again", "--scored")
+    assert "leaves out what lies in folders" in capsys.readouterr().out
+
+
 def test_scored_images_that_there_are_not(runs, tmp_path, capsys):
     assert "train with --fid-every" in refused(capsys, runs / "sagan", "--scored", "--to", tmp_path / "x")
     assert "train with --fid-every" in refused(capsys, runs / "sagan", "--scored", "--group", "best")
@@ -143,6 +168,14 @@ def test_scored_images_that_there_are_not(runs, tmp_path, capsys):
     log.write_text(log.read_text().splitlines()[0] + "\n")
     text = refused(capsys, tmp_path / "run", "--scored", "--group", "2", "--to", tmp_path / "x")
     assert "G2.pt is of step 2, of which fid.jsonl has no score (the last is of step 1)" in text
+    shutil.copyfile(runs / "acgan/fid.jsonl", log)
+    d = okd_train.load_file(tmp_path / "run/G1.pt")
+    torch.save({**d, "step": 1}, tmp_path / "run/G1.pt")
+    assert "unequal steps (G1.pt of step 1, G2.pt of step 2, " in refused(capsys, tmp_path / "run", "--scored")
+    log.write_text(log.read_text().replace('"samples": ', '"samples_": '))
+    assert "does not say how many images" in refused(capsys, tmp_path / "run", "--scored", "--group", "2")
+    torch.save([1], tmp_path / "run/G2.pt")
+    assert "G2.pt is of step None" in refused(capsys, tmp_path / "run", "--scored", "--group", "2")
     assert not (tmp_path / "x").exists()
 
 
@@ -462,6 +495,16 @@ def test_an_unfinished_export_is_not_mixed_with_another(runs, tmp_path, monkeypa
     assert tree(tmp_path / ".to.partial") == before
     export(run, to, 60)
     assert len(manifest(to)) == 120
+    scores = run / "fid.jsonl"                                      # the images of a score are others
+    line = {"step": 2, "score": "FID", "samples": 60, "G1": 1.0, "G2": 2.0, "mean": 1.5}
+    scores.write_text(json.dumps(line) + "\n")
+    for first, second in (([60], ["--scored"]), (["--scored"], [60])):
+        mixed = tmp_path / f"mixed{first[0]}"
+        with monkeypatch.context() as m:
+            killed_after(20, Killed(), m)
+            with pytest.raises(Killed):
+                export(run, mixed, *first)
+        assert "other settings (" in refused(capsys, run, "--to", mixed, *second)
     (tmp_path / ".two.partial").mkdir()                             # killed before its settings stood
     (tmp_path / ".two.partial" / ".export.json.tmp9").write_bytes(b"{")
     export(run, tmp_path / "two", 1)
@@ -575,6 +618,14 @@ def test_best_of_a_run_without_scores_is_made_then_and_there(lines, runs, unscor
     assert json.loads((tmp_path / "to" / "export.json").read_text())["groups"][f"G{best}"]["file"] == f"G{best}.pt"
     after = snapshot(unscored)
     assert {k: v for k, v in after.items() if k.name != "real_features.npz"} == before and len(after) == len(before) + 1
+
+
+def test_a_full_folder_is_refused_before_anything_is_scored(unscored, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "score_now", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    text = refused(capsys, unscored, 1, "--group", "best", "--to", tmp_path / "full")
+    assert "is not empty" in text
 
 
 def test_features_of_a_first_scoring(unscored, tmp_path, capsys, monkeypatch):
