@@ -601,7 +601,7 @@ def key(seed, step, group, purpose, n_bytes):
 
 
 def seed_torch(seed, step, group, purpose):
-    """Seed torch before a call into a model script, which may draw by itself (dropout, initial weights)."""
+    """Seed torch, random and numpy before a call into a script, which may draw by itself (dropout, initial weights)."""
     number = key(seed, step, group, purpose, 8) >> 1
     torch.manual_seed(number)
     random.seed(number)
@@ -613,9 +613,9 @@ class Script:
     """A loaded model script: its two classes, its losses (or ours) and its hyper-parameters.
 
     A setting reaches every constructor and loss that names it as a parameter. n_classes in hparams makes a script
-    class-conditional. Losses see detached images, critics are frozen while the generator learns, and whatever a
-    script draws by itself (dropout) is seeded, so that --resume stays exact. autocast = True: the losses may run
-    under autocast with --precision bf16 and switch it off around a penalty; without it only the generator does.
+    class-conditional. Losses see detached images, critics are frozen while the generator learns, and whatever a script
+    draws by itself (dropout, random, numpy) is seeded, so that --resume stays exact. autocast = True: the losses may
+    run under autocast with --precision bf16 and switch it off around a penalty; without it only the generator does.
     channels_last = True: layers take weights and images in that memory layout (no .view of them), which is quicker.
     """
 
@@ -1319,9 +1319,12 @@ def settle_norms(G, s):
 
 @torch.inference_mode()
 def generate(G, z, y=None):
-    """Images of a generator in eval mode: z (n, z_dim), y (n,) or None -> uint8 (n, H, W, 3)."""
+    """Images of a generator in eval mode: z (n, z_dim), y (n,) or None -> uint8 (n, H, W, 3).
+
+    One z, one image: torch, random and numpy are seeded by z, for a script that draws by itself.
+    """
     device, parts = next(G.parameters()).device, []
-    seed_torch(0, 0, 0, f"images {digest(z.numpy())}")              # for a script that draws by itself
+    seed_torch(0, 0, 0, f"images {digest(z.detach().cpu().contiguous().numpy())}")
     with parametrize.cached():
         for k in range(0, len(z), CHUNK):
             a = z[k:k + CHUNK].to(device)
@@ -1417,7 +1420,6 @@ def variety(trainer, g):
     order = draw(s.seed, 0, 0, "variety reals", "permutation", len(data.images))
     own = data.labels.cpu()[order] if data.classes else torch.zeros_like(order)
     picks = torch.cat([torch.nonzero(own == c)[:k, 0] for c in range(n)])
-    seed_torch(s.seed, trainer.step_count, g.i, "variety")          # for a script that draws by itself
     fakes = torch.from_numpy(generate(g.ema, z, y if data.classes else None)).permute(0, 3, 1, 2)
     for images, labels in ((fakes, y), (data.images[order[picks]], own[picks])):
         x, labels = images.to(trainer.device).float().div_(127.5).sub_(1), labels.to(trainer.device)
