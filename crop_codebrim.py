@@ -181,10 +181,7 @@ def crop_folder(source, target, sheet=None, exif=None, boxes=None, **choices):
         write_csv(work / "crops.csv", fields, [[r[f] for f in fields] for r in rows])
         write_csv(work / "skipped.csv", Skip._fields, skipped)
         if sheet and rows:
-            part = Path(f"{sheet}.{os.getpid()}.partial")
-            kind = "PNG" if Path(sheet).suffix.lower() == ".png" else "JPEG"
-            draw_sheet(work, rows, len(image)).save(part, format=kind)
-            os.replace(part, sheet)
+            save_sheet(draw_sheet(work, rows, len(image)), Path(sheet))
     for note in [*notes, *frame_notes(photos)]:
         print(note)
     print_table(rows, choices.get("split") or sorted({r["split"] for r in rows} - {""}))
@@ -192,6 +189,8 @@ def crop_folder(source, target, sheet=None, exif=None, boxes=None, **choices):
     for s in skipped:
         if s.what == "photo" and not s.reason.startswith(("photo without", "photo smaller", "photo of a type")):
             print(f"crop_codebrim.py: {s.where}: {s.reason}", file=sys.stderr)
+    if lost := sorted({n for p in photos for n in p.names} - {r["class"] for r in rows}):
+        print(f"no crop is labelled {', '.join(lost)}: see --label and --small")
     n_cut, n_out = len({r["photo"] for r in rows}), sum(s.what == "photo" for s in skipped)
     print(f"{n_photos} photos found: {n_cut} cropped, {n_photos - n_cut - n_out} not needed, {n_out} left out")
     print(f"{len(rows)} crops in {target}, {time.monotonic() - started:.1f} s")
@@ -561,13 +560,14 @@ def area(rectangles):
 
 def assign_splits(photos, split, rarity, seed):
     """{photo name: split}. Photos go one by one to the split that lacks most, the rarest classes first, so that each
-    split gets its share of every class as far as whole photos allow. Byte-identical photos stay together."""
+    split gets its share of every class as far as whole photos allow. Byte-identical photos stay together, and so do
+    Roboflow's versions of one (NAME.rf.HASH.jpg)."""
     size = {p.name: os.path.getsize(p.path) for p in photos}
     alike = collections.Counter(size.values())
     twins = collections.defaultdict(list)
     for p in photos:                                                   # only files of one size are read
-        alone = alike[size[p.name]] == 1
-        twins[p.name if alone else hashlib.sha256(p.path.read_bytes()).hexdigest()].append(p)
+        alone, version = alike[size[p.name]] == 1, re.match(r"(.+)\.rf\.", p.name)
+        twins[version[1] if version else p.name if alone else hashlib.sha256(p.path.read_bytes()).hexdigest()].append(p)
     groups = Dice(seed, key("split")).shuffled(list(twins.values()))
     rarest = lambda group: min((rarity[f] for p in group for b in p.boxes for f in b.flags), default=(math.inf, ""))
     groups.sort(key=rarest)
@@ -707,7 +707,8 @@ def read_photo(name, path, claims, exif, spelling, certain):
     with open_photo(path) as photo:
         width, height = photo.size
         turn = orientation(photo)
-        if photo.format == "TIFF":      # Pillow loads it turned and cuts from shown pixels: turned are the stored ones
+        other = photo.format == "TIFF" and turn != 1    # Pillow loads it turned: of its pixels the stored are turned
+        if other:
             turn, exif = {6: 8, 8: 6}.get(turn, turn), {"stored": "turned", "turned": "stored"}.get(exif)
     boxes, taken, names, skips, frame, n = {}, [], set(), [], "", -1
     certain = certain and not any(claim.reason for claim in claims)    # else a defect lies nobody knows where
@@ -715,7 +716,8 @@ def read_photo(name, path, claims, exif, spelling, certain):
         turned = is_turned(claim.size, (width, height), turn, exif)
         for mark in claim.marks:
             n += 1
-            frame = {None: "unclear", True: "turned", False: frame}[turned]
+            frame = {None: "unclear", not other: "turned"}.get(turned, frame)
+            turned = other if turned is None else turned
             try:
                 if mark.place is None:
                     certain = False
@@ -960,7 +962,8 @@ def voc_claims(files, pictures):
             root = parse_xml(path)
             if root.tag != "annotation":
                 raise Unusable("XML that is no VOC annotation")
-            size, objects = root.find("size"), root.findall("object")
+            size = root.find("size")
+            objects = [e for e in root.findall("object") if child(e, "deleted") != "1"]             # LabelMe keeps them
             known = any(root.find(tag) is not None for tag in ("filename", "folder", "path", "size"))
             if not objects and (not known or next(root.iter("bndbox"), None) is not None):
                 raise Unusable("XML without objects that names no photo, or has boxes elsewhere")
@@ -1000,13 +1003,14 @@ def voc_bounds(element):
         numbers = [value(e.text) for e in shape.iter() if re.fullmatch(r"[xy]\d*", e.tag)]
     if None in numbers or not numbers or len(numbers) == 1:
         raise Unusable("box whose coordinates cannot be read")
+    if are_fractions(numbers):
+        raise Unusable(FRACTIONS)
     if bounds:
-        return numbers
+        said = [value(child(e, "value")) for e in element.iter("attribute") if child(e, "name") == "rotation"]
+        return turned_bounds(*numbers, (said or [0])[0] or 0)
     if shape.tag == "robndbox":
         x, y, w, h, angle = numbers                                    # radians
-        wide, high = abs(math.cos(angle)), abs(math.sin(angle))
-        dx, dy = (w * wide + h * high) / 2, (w * high + h * wide) / 2
-        numbers = [x - dx, y - dy, x + dx, y + dy]
+        return turned_bounds(x - w / 2, y - h / 2, x + w / 2, y + h / 2, math.degrees(angle))
     return min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
 
 
@@ -1138,6 +1142,24 @@ def codebrim_claims(files, pictures):
         yield Claim(entries[entry][0], entry, reason="annotation without a photo", many=True)
 
 
+
+def turned_bounds(x0, y0, x1, y1, degrees):
+    """What goes round a box that is turned about its middle, as CVAT's are."""
+    if not degrees:
+        return x0, y0, x1, y1
+    wide, high = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
+    dx, dy = (w * wide + h * high) / 2, (w * high + h * wide) / 2
+    return x - dx, y - dy, x + dx, y + dy
+
+
+FRACTIONS = "box whose numbers are fractions of the photo"
+
+
+def are_fractions(numbers):
+    return all(0 <= v <= 1 for v in numbers) and any(v != int(v) for v in numbers)
+
+
 # ---- YOLO ------------------------------------------------------------------------------------------------------------
 
 def yolo_claims(files, pictures):
@@ -1200,6 +1222,8 @@ def class_lists(files):
             text = read_bytes(path, "list of classes", MAX_TEXT).decode("utf-8-sig", "replace")
         except Unusable as e:
             raise CropError(f"{name}: {e}")
+        if "\0" in text:
+            raise CropError(f"{name}: this is not UTF-8 (UTF-16?); save it anew as UTF-8")
         if kind == "yaml" and re.search(r"^kpt_shape\s*:", text, re.M):
             raise CropError(f"{name}: its lines hold key points (kpt_shape), which are no polygons: export boxes")
         names = yaml_names(text, name) if kind == "yaml" else dict(enumerate(map(str.strip, text.splitlines())))
@@ -1224,23 +1248,31 @@ def nearest_list(lists, source):
 
 def yaml_names(text, file):
     """{number: name} from the names of a data.yaml, a list or a mapping, inline or a block; None without names."""
-    lines = [re.sub(r"(^|\s)#.*", "", line).rstrip() for line in text.splitlines()]
+    quoted, number = r"""\"[^"]*\"|'[^']*'""", r"""\d+\s*:\s|["']\d+["']\s*:"""
+    unreadable = f"{file}: its names cannot be read; write them as names: [first, second]"
+    comment = re.compile(rf"({quoted})|(?:^|\s)#.*")
+    lines = [comment.sub(lambda m: m[1] or "", line).rstrip() for line in text.splitlines()]
     begin = next((i for i, line in enumerate(lines) if re.match(r"names\s*:", line)), None)
     if begin is None:
+        if re.search(r"""^["']names["']\s*:|^\{.*\bnames["']?\s*:""", text, re.M):
+            raise CropError(unreadable)
         return None
     first = lines[begin].partition(":")[2].strip()
     block = list(itertools.takewhile(lambda line: line[:1] in " \t-]}", lines[begin + 1:]))         # "" is in it, too
     flow = re.fullmatch(r"\[(.*)\]|\{(.*)\}", " ".join([first, *block]).strip())
     if flow:
-        items = re.findall(r"""((?:\s*\d+\s*:\s)?\s*(?:"[^"]*"|'[^']*'|[^,]*)\s*)(?:,|$)""", flow[1] or flow[2] or "")
+        items = re.findall(rf"((?:\s*(?:{number}))?\s*(?:{quoted}|[^,]*)\s*)(?:,|$)", flow[1] or flow[2] or "")
     else:
-        items = [] if first else [line.strip().removeprefix("- ") for line in block if line]
-    names = {}
-    for i, item in enumerate(filter(None, map(str.strip, items))):
-        number, name = re.fullmatch(r"(?:(\d+)\s*:\s)?\s*(.*)", item).groups()
-        names[i if number is None else int(number)] = name.strip("'\"")
-    if not names or any(not name or name.endswith(":") for name in names.values()):
-        raise CropError(f"{file}: its names cannot be read; write them as names: [first, second]")
+        items = [] if first else [line.strip() for line in block if line]
+        if all(item.startswith("- ") for item in items):
+            items = [item.removeprefix("- ") for item in items]
+        elif not all(re.match(number, item) for item in items):        # such as a name that goes on in the next line
+            raise CropError(unreadable)
+    found = [re.fullmatch(rf"({number})?(.*)", item).groups() for item in filter(None, map(str.strip, items))]
+    names = {int(k.strip("'\": \t")) if k else i: name.strip().strip("'\"") for i, (k, name) in enumerate(found)}
+    odd = any(not name or name.endswith(":") or re.search(r"\\|''|^\w+:\s", name) for name in names.values())
+    if not names or odd or len(names) < len(found) or len({k is None for k, _ in found}) > 1:
+        raise CropError(unreadable)
     return names
 
 
@@ -1265,7 +1297,11 @@ def coco_claims(files, pictures):
 def coco_images(source, data):
     dicts = lambda key: [d for d in data[key] if isinstance(d, dict)] if isinstance(data.get(key), list) else []
     text = lambda v: str(v).encode("utf-8", "replace").decode() if isinstance(v, (str, int)) else ""   # half characters
-    names = {str(c.get("id")): text(c.get("name")).strip() for c in dicts("categories")}
+    names = {}
+    for c in dicts("categories"):
+        name = text(c.get("name")).strip()
+        if names.setdefault(str(c.get("id")), name) != name:
+            raise CropError(f"{source}: category {c.get('id')} is given twice, as {names[str(c.get('id'))]} and {name}")
     images, marks = collections.defaultdict(list), collections.defaultdict(list)
     for image in dicts("images"):
         images[str(image.get("id"))].append(image)
@@ -1288,12 +1324,17 @@ def coco_mark(index, a, name):
     box, outline, place = a.get("bbox"), a.get("segmentation"), None
     parts = outline if type(outline) is list else []
     polygons = [v for part in parts for v in (part if type(part) is list else [part])]
+    numbers = ()
     if type(box) is list and len(box) == 4 and all(map(is_number, box)) and min(box[2:]) > 0:
-        x, y, w, h = box
-        place = pixels(x, y, x + w, y + h)
+        x, y, w, h = numbers = box
+        more = a.get("attributes")
+        turn = more.get("rotation") if isinstance(more, dict) else 0
+        place = pixels(*turned_bounds(x, y, x + w, y + h, turn if is_number(turn) else 0))
     elif len(polygons) >= 6 and len(polygons) % 2 == 0 and all(map(is_number, polygons)):
+        numbers = polygons
         place = pixels(min(polygons[::2]), min(polygons[1::2]), max(polygons[::2]), max(polygons[1::2]))
-    reasons = {"crowd of objects (iscrowd)": a.get("iscrowd"), "mask in run lengths (RLE)": type(outline) is dict,
+    reasons = {FRACTIONS: are_fractions(numbers), "crowd of objects (iscrowd)": a.get("iscrowd"),
+               "mask in run lengths (RLE)": type(outline) is dict,
                "box without coordinates": place is None and not box and not polygons,
                "box whose coordinates cannot be read": place is None, "box without a class": not name}
     reason = next((reason for reason, holds in reasons.items() if holds), None)
@@ -1331,7 +1372,8 @@ def open_photo(path):
 
 # ---- pixels ----------------------------------------------------------------------------------------------------------
 # From here to the next line across, fid.py and crop_codebrim.py are the same: each can be copied alone.
-IMAGE_TYPES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_TYPES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+               ".tif", ".tiff", ".webp")
 UNREAD_TYPES = (".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".j2k",
                 ".jp2", ".jxl", ".nef", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga")     # named, not read
 FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")   # whatever a name says; none starts programs
@@ -1380,6 +1422,8 @@ def examine(im, limits=None, declared=False):
     wide = ";16" in str(im.tile) and im.format != "BMP"
     im.load()
     if is_deep(im):
+        if im.format == "TIFF" and im.tag_v2.get(262) == 0:         # Pillow turns those of 8 bits alone
+            raise NoRange("a TIFF whose 0 is white: save it with black at 0")
         own = extent(im)
         fitting = limits if declared else usual_range([own])
         limits = limits or fitting
@@ -1444,6 +1488,8 @@ def check_places(source, target, sheet):
     if not sheet:
         return
     place = Path(os.path.realpath(sheet))
+    if os.path.lexists(sheet):
+        raise CropError(f"{sheet} exists and is not overwritten: delete it or choose another name")
     if place.is_relative_to(crops):
         raise CropError(f"{sheet}: the sheet must lie outside {target}, whose pictures are trained on")
     if Path(sheet).suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -1456,6 +1502,8 @@ def check_places(source, target, sheet):
 def whole_or_not(target):
     """A new folder that gets the name `target` only if the block ends well. target must not exist, or be empty."""
     target = Path(os.path.realpath(target))
+    if os.path.ismount(target):
+        raise CropError(f"{target} is a mount point, which cannot be renamed: name a folder in it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CropError(f"{target}: exists already; name a new folder or remove this one")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -1501,8 +1549,14 @@ def class_folders(photos):
 def columns(photos):
     """{flag: its column of crops.csv}: every class in the annotations, and Background."""
     names = sorted({n for p in photos for n in p.names} | {BACKGROUND})
-    fixed = {*COLUMNS, "class", "split"}
-    return {n: n + "_" if n in fixed else n for n in names}
+    taken, out = {*COLUMNS, "class", "split"}, {}
+    for name in sorted(names, key=lambda n: n in taken):               # those that may keep their name first
+        column = name
+        while column in taken:
+            column += "_"
+        taken.add(column)
+        out[name] = column
+    return {name: out[name] for name in names}
 
 
 def write_csv(path, fields, rows):
@@ -1510,6 +1564,16 @@ def write_csv(path, fields, rows):
     safe = lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r")) else cell
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         csv.writer(f).writerows([safe(cell) for cell in row] for row in [fields, *rows])
+
+
+def save_sheet(image, path):
+    """Whole or not at all; a JPEG has no more than 65500 rows."""
+    part, kind = Path(f"{path}.{os.getpid()}.partial"), "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    try:
+        image.crop((0, 0, image.width, min(image.height, 65500))).save(part, format=kind)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def draw_sheet(folder, rows, size):
@@ -1580,7 +1644,7 @@ def arguments(argv):
     add = p.add_argument
     add("source", nargs="?", help="folder with photos and their boxes, searched recursively; never written to")
     add("target", nargs="?", help="new folder for the crops")
-    add("--n", type=at_least(0), default=2642,
+    add("--n", type=at_least(0, 10 ** 9), default=2642,
         help="crops of boxes in all, over all splits (default 2642, as in the paper)")
     add("--size", type=at_least(8), default=64, help="side of a crop in pixels (default 64)")
     add("--seed", type=at_least(0), default=0, help="the same seed and data give the same files (default 0)")
@@ -1593,7 +1657,7 @@ def arguments(argv):
         help="class of a crop whose box has several: the one rarest in the whole set (default); single: leave such "
              "boxes out; random: any of them")
     add("--balance", action="store_true", help="equally many crops per class (default: every box equally often)")
-    add("--background", type=at_least(0), default=0, metavar="K",
+    add("--background", type=at_least(0, 10 ** 9), default=0, metavar="K",
         help="K further crops, class Background, of annotated photos, touching no box (default 0)")
     add("--small", choices=CHOICES["small"], default="around",
         help="boxes with a side under --size: the window covers that side (around, default), or skip them")
@@ -1721,5 +1785,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, on_term)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:             # else nohup's
+        signal.signal(signal.SIGHUP, on_term)
     signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())

@@ -72,6 +72,7 @@ BLOCK = 2048                    # rows that are brought to float64 at once
 LOOK = 0.5                      # seconds from one look at the clock to the next, for lines on the way
 CLOSEST = 32                    # pairs on the sheet of --copies
 K = 5                           # neighbours of precision, recall, density, coverage
+TWIN = 1e-9                     # two images are the same below this share of the variance, by their squared distance
 _SCORES = {"kid": "KID", "kid_se": "KID standard error", "copies": "copies",
            **{k: f"{k} (k={K})" for k in ("precision", "recall", "density", "coverage")}}
 LABELS = {"fid": "FID", "fd": "FD", "rfd": "rFD", **_SCORES, **{f"r{k}": f"r{label}" for k, label in _SCORES.items()}}
@@ -229,7 +230,7 @@ def prdc(real, fake, k=K):
     # A neighbour at exactly the radius lies outside; the factor keeps that so when two blocks round differently.
     inside = 1 - 1e-10
     real_radius, fake_radius = _nearest(real, k) * inside, _nearest(fake, k) * inside
-    empty = [int((radius <= 1e-9 * f.var(0, dtype=np.float64).sum()).sum())
+    empty = [int((radius <= TWIN * f.var(0, dtype=np.float64).sum()).sum())
              for radius, f in ((real_radius, real), (fake_radius, fake))]
     if any(empty):
         warnings.warn(f"{empty[0]} of {len(real)} real and {empty[1]} of {len(fake)} fake images repeat more than "
@@ -250,16 +251,17 @@ def prdc(real, fake, k=K):
 def copies(real, fake, own=None):
     """Every fake's nearest real: (index (n2,) into real, distance (n2,), share of fakes that look copied).
 
-    real (n1, d), fake (n2, d): features; own (n1,): the reals' squared distance to their nearest other real, where it
-    is known. A fake counts when it is nearer to its nearest real than that real is to its own nearest other real, or
-    has exactly its features. Fresh images of the same kind count too (0.1 to 0.7 of them, the fewer the more dimensions
-    their spread has): compare the share with that between two parts() of the real images, not with 0.
+    real (n1, d), fake (n2, d): features; own (n1,): the reals' squared distance as of nearest_other(), where it is
+    known. A fake counts when it is nearer to its nearest real than that real is to its own nearest other real (its
+    twins, if it is there more than once, do not count as others), or has exactly its features. Fresh images of the same
+    kind count too (0.1 to 0.7 of them, the fewer the more dimensions their spread has): compare the share with that
+    between two parts() of the real images, not with 0.
     FidError for fewer than 2 reals, or no fake.
     """
     real, fake = _pair(real, fake, "real", "fake")
     if len(real) < 2 or not len(fake):
         raise FidError(f"a copy check needs at least 2 real images and a fake, there are {len(real)} and {len(fake)}")
-    own = _nearest(real, 1) if own is None else own
+    own = nearest_other(real) if own is None else own
     index, d2_nearest = np.empty(len(fake), int), np.empty(len(fake))
     for rows, d2 in _squared_distances(fake, real):
         index[rows] = d2.argmin(1)
@@ -269,11 +271,19 @@ def copies(real, fake, own=None):
     return index, np.sqrt(d2_nearest), float(copied.mean())
 
 
-def _nearest(a, k):
-    """Squared distance of every row of a (n, d) to its k-th nearest other row."""
+def nearest_other(a):
+    """Squared distance of every row of a (n, d) to the nearest that is no twin of it, 0 where all are; for copies()."""
+    own = _nearest(a, 1, TWIN * a.var(0, dtype=np.float64).sum())
+    return np.where(np.isfinite(own), own, 0)
+
+
+def _nearest(a, k, beyond=-1.0):
+    """Squared distance of every row of a (n, d) to its k-th nearest other row, of those further than `beyond`."""
     radius = np.empty(len(a))
     for rows, d2 in _squared_distances(a, a):
         d2[np.arange(len(d2)), np.arange(rows.start, rows.stop)] = np.inf
+        if beyond >= 0:
+            d2[d2 <= beyond] = np.inf
         d2.partition(k - 1, axis=1)
         radius[rows] = d2[:, k - 1]
     return radius
@@ -485,16 +495,33 @@ class _OwnNetwork:
         if not isinstance(self.digest, str) or not self.digest.strip() or not self.digest.isprintable():
             raise FidError(f"{file}: Features.digest is {self.digest!r}, it must be a word")
         self.name, self.score = self.digest, f"FD ({self.digest})"
-        self(torch.zeros(2, 3, self.size, self.size, device=device))
+        self.try_out()
+
+    def try_out(self):
+        """FidError where the features of an image are not its own: those of two are made together, again, and apart.
+
+        So that neither --batch-size nor a second call moves a score.
+        """
+        import torch
+        noise = torch.rand(2, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
+        x = noise.mul(2).sub(1).to(self.device)
+        together, again = self(x).float().clone(), self(x).float().clone()
+        apart = torch.cat([self(one[None]).float().clone() for one in x])
+        far = 0.01 * together.abs().max().item()
+        for other, why in ((again, "two calls differ (it draws random numbers?)"),
+                           (apart, "those of an image depend on the others of its batch (BatchNorm of the batch?)")):
+            if not torch.allclose(together, other, rtol=0, atol=far, equal_nan=True):
+                raise FidError(f"{self.file}: Features are no function of the image: {why}")
 
     def __call__(self, x):
         import torch
         try:
-            with torch.inference_mode(), _cudnn_precision(self.device, "ieee"):
+            with (torch.inference_mode(), _cudnn_precision(self.device, "ieee"),
+                  contextlib.redirect_stdout(sys.stderr)):          # stdout is for the scores
                 y = self.net(x.contiguous())
         except torch.OutOfMemoryError:
             raise
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise FidError(f"{self.file}: Features fails on images {tuple(x.shape)} ({_in_brief(e)})") from None
         got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, torch.Tensor) else type(y).__name__
         if not isinstance(y, torch.Tensor) or not y.is_floating_point() or y.shape != (len(x), self.dims):
@@ -509,10 +536,12 @@ def _load_class(file, name, device):
     spec = importlib.util.spec_from_file_location(f"{name.lower()}_{file.stem}", file)
     module, folder = importlib.util.module_from_spec(spec), str(file.resolve().parent)
     sys.path.insert(0, folder)
+    sys.modules[spec.name] = module             # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
-        cls = getattr(module, name)
-        return cls(device=device) if "device" in inspect.signature(cls).parameters else cls()
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
+            cls = getattr(module, name)
+            return cls(device=device) if "device" in inspect.signature(cls).parameters else cls()
     finally:
         sys.path.remove(folder)
 
@@ -1038,7 +1067,8 @@ def _opened(path):
 
 # ---------------------------------------------------------------------------------------------- pixels
 # From here to the next line across, fid.py and crop_codebrim.py are the same: each can be copied alone.
-IMAGE_TYPES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_TYPES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+               ".tif", ".tiff", ".webp")
 UNREAD_TYPES = (".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".j2k",
                 ".jp2", ".jxl", ".nef", ".orf", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga")     # named, not read
 FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")   # whatever a name says; none starts programs
@@ -1087,6 +1117,8 @@ def examine(im, limits=None, declared=False):
     wide = ";16" in str(im.tile) and im.format != "BMP"
     im.load()
     if is_deep(im):
+        if im.format == "TIFF" and im.tag_v2.get(262) == 0:         # Pillow turns those of 8 bits alone
+            raise NoRange("a TIFF whose 0 is white: save it with black at 0")
         own = extent(im)
         fitting = limits if declared else usual_range([own])
         limits = limits or fitting
@@ -1384,7 +1416,10 @@ def _forward(model, images, batch_size, progress=None):
                 if model.device.type != "cpu":  # one shape for all: cuDNN chooses by it, and a sum's order with it
                     piece += [torch.zeros_like(piece[0])] * (most - k)
                 x = torch.stack(piece).permute(0, 3, 1, 2)          # (most, 3, H, W), channels last in memory
-                out.append(model(x)[:k].float().cpu().numpy())
+                y = model(x)[:k]
+                if y.shape != (k, model.dims):
+                    raise FidError(f"the network makes {tuple(y.shape)} of {k} images, not ({k}, {model.dims})")
+                out.append(y.float().cpu().numpy().copy())          # a network may use its memory again
                 if progress:
                     progress(sum(map(len, out)))
     return np.concatenate(out)
@@ -1417,9 +1452,15 @@ def _clean_resize(image):
 
 
 # ---------------------------------------------------------------------------------------------- statistics in files
+# What a file says beside mu and sigma.
+SAID = {"n": int, "resize": str, "weights": str, "features": str, "size": int, "upright": bool, "low": (int, float),
+        "high": (int, float)}
+
+
 def load_statistics(path):
-    """{"mu": (d,), "sigma": (d, d)} float64 of an .npz file; also "n", "resize", "weights", None where it is silent,
-    and "features": the digest of a network of your own, None of Inception's.
+    """{"mu": (d,), "sigma": (d, d)} float64 of an .npz file; also, None where it is silent, "n", "resize", "weights",
+    "features": the digest of a network of your own, None of Inception's, and how images were read: "size" (0: whole),
+    "upright", "low" and "high" of the range.
 
     Files of pytorch-fid, clean-fid and TTUR hold mu and sigma only. Nothing in the file is executed. FidError for
     anything else.
@@ -1433,12 +1474,12 @@ def load_statistics(path):
                 raise FidError(f"{path}: no FID statistics: keys mu and sigma are needed, there are {keys}")
             mu, sigma = _check_statistics(f["mu"], f["sigma"], path)
             said = {k: f[k].item() if k in f.files and f[k].size == 1 else None
-                    for k in ("n", "resize", "weights", "features")}
+                    for k in SAID}
     except FidError:
         raise
     except Exception as e:                      # zip, zlib and numpy raise a dozen types for a cut or hostile file
         raise FidError(f"{path}: no readable .npz file ({_in_brief(e)})") from None
-    for k, kind in (("n", int), ("resize", str), ("weights", str), ("features", str)):
+    for k, kind in SAID.items():
         if said[k] is not None and (not isinstance(said[k], kind) or k == "n" and said[k] < 2):
             raise FidError(f"{path}: {k} = {said[k]!r} makes no sense")
     return {"mu": mu, "sigma": sigma, **said}
@@ -1493,6 +1534,9 @@ def _run(argv, rank, world):
         _npz_name(args.save)
     if args.copies:
         _fresh(args.copies)
+        for folder in [args.real, *args.fakes]:
+            if Path(args.copies).resolve().is_relative_to(Path(folder).resolve()):
+                raise FidError(f"--copies {args.copies} lies in {folder}, whose images are scored: name another place")
     real, *fakes = sides = [_side(path, args.use) for path in [args.real, *args.fakes]]
     if not args.save:
         _same_size(args, sides)
@@ -1504,7 +1548,10 @@ def _run(argv, rank, world):
     _say_what_it_is_worth(args, sides, digest)
     if args.save:
         mu, sigma = real.sums()
-        said = dict(n=real.n, dims=dims, resize=resize, weights=digest, **({"features": digest} if own else {}))
+        said = dict(n=real.n, dims=dims, resize=resize, weights=digest, size=args.size or 0, upright=args.upright,
+                    **({"features": digest} if own else {}))
+        if real.rule.limits:
+            said["low"], said["high"] = real.rule.limits
         _say(f"wrote {save_statistics(args.save, mu, sigma, **said)}")
         return
     names = _names([s.path for s in fakes]) if fakes else []
@@ -1702,11 +1749,11 @@ def _same_size(args, sides):
 
 
 def _first_size(side, rule):
-    """(height, width) of the first image of a side; None of statistics, and of what reading will name as bad."""
-    if side.images is not None:
+    """(height, width) of the first image of a side that can be read, of twenty; None of statistics."""
+    for first in [] if side.images is None else side.images[:20]:
         with contextlib.suppress(FidError):
-            first = side.images[0]
             return (read_image(first, rule)[0] if isinstance(side.images, list) else first).shape[:2]
+    return None
 
 
 def _check(args, sides, own=None):
@@ -1726,6 +1773,10 @@ def _check(args, sides, own=None):
         if len(s.said["mu"]) != dims:
             hint = " (see --dims)" if folders else ""
             raise FidError(f"{s.path}: statistics of {len(s.said['mu'])} dims, the others have {dims}{hint}")
+        for k, here in (("size", args.size or 0), ("upright", args.upright)):
+            here = here if folders else files[0].said[k]
+            if None not in (s.said[k], here) and s.said[k] != here:
+                raise FidError(f"{s.path}: made with --{k} {s.said[k] or 'off'}, the others with {here or 'off'}")
         if s.said["resize"] not in (None, resize):
             raise FidError(f"{s.path}: made with resize {s.said['resize']}, the others with {resize}")
         if s.said["features"] != args.own and (s.said["features"] or s.said["weights"] or not own):
@@ -1776,7 +1827,8 @@ def _read(args, sides, dims, resize, world, own=None):
             if not s.said:
                 label = "real" if not i else f"fake {i} of {len(sides) - 1}" if len(sides) > 2 else "fake"
                 _measure(s, label, model, args, resize, ranks)
-        ranges = sorted({s.rule.limits for s in sides if s.rule.limits})
+        ranges = [(s.said["low"], s.said["high"]) if s.said else s.rule.limits for s in sides]
+        ranges = sorted({limits for limits in ranges if limits and None not in limits})
         if len(ranges) > 1:
             _say(f"warning: the sides are read by different ranges, {' and '.join(map(str, ranges))}: where their "
                  "numbers mean the same, give --range LOW HIGH")
@@ -1875,7 +1927,7 @@ def _further(real, fake, args):
         out.update({prefix + k: v for k, v in prdc(real.features, fake.features).items()})
     if args.copies:
         if real.own is None:
-            real.own = _nearest(real.features, 1)
+            real.own = nearest_other(real.features)
         if fake.nearest is None:
             fake.nearest = copies(real.features, fake.features, real.own)
         out[prefix + "copies"] = fake.nearest[2]
@@ -1961,7 +2013,7 @@ def _copy_sheet(path, pairs):
             sheet.paste(image.resize(shrunk, Image.Resampling.BICUBIC), (left, y))
         words = (f"{at + 1}. fake ", fake.name(k)), (f"{distance:.4g} to real ", real.name(j))
         for line, (start, file) in enumerate(words):
-            tail = file.encode("ascii", "replace").decode()
+            tail = one_line(file).encode("ascii", "replace").decode()
             name = start + tail
             while draw.textlength(name) > 2 * edge:
                 tail = tail[1:]
@@ -1995,7 +2047,7 @@ def _settings(args, sides, dims, resize, digest):
     trained = not random and not args.own
     return {"real": str(sides[0].path), "n_real": sides[0].n, "features": args.own or args.features,
             "dims": None if random else dims, "resize": resize if trained else None,
-            "precision": (args.precision or "fp32") if read else None, "size": args.size,
+            "arithmetic": (args.precision or "fp32") if read else None, "size": args.size,
             "weights": digest[:8] if digest and trained else None, "k": K if args.prdc else None}
 
 
@@ -2050,7 +2102,12 @@ def main(argv=None):
         rank, world = _ranks()
         with warnings.catch_warnings(), standard_streams():
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {str(message).splitlines()[0]}")
-            _run(sys.argv[1:] if argv is None else argv, rank, world)
+            try:
+                _run(sys.argv[1:] if argv is None else argv, rank, world)
+            except (MemoryError, RuntimeError) as e:    # torch has its own, and for the CPU a plain RuntimeError
+                if not isinstance(e, MemoryError) and "memory" not in str(e):
+                    raise
+                raise FidError(f"out of memory ({_in_brief(e)})") from None
         return 0
     except BrokenPipeError:
         return 141
@@ -2121,6 +2178,7 @@ def one_line(text):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, on_ctrl_c)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # so that no file is left half-written
     ended = main()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os._exit(ended)     # one rank of several: in the end of the interpreter, threads of torch may call abort()

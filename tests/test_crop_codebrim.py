@@ -543,6 +543,13 @@ def test_boxes_of_a_tiff_lie_where_pillow_has_turned_them(tmp_path, turn):
             box = read_annotations(tmp_path, said)[0][0].boxes[0]
             found = loaded[box.y0:box.y1, box.x0:box.x1].reshape(-1, 3)
             assert {tuple(v) for v in found.tolist()} == inside, (frame, said)
+        if frame == "stored":                                          # what is taken where nothing tells
+            voc_at(tmp_path, "a.xml", "", (21, 31, 124, 110, "Crack"), size=None)
+            photo = read_annotations(tmp_path)[0][0]
+            box = photo.boxes[0]
+            found = loaded[box.y0:box.y1, box.x0:box.x1].reshape(-1, 3)
+            assert {tuple(v) for v in found.tolist()} == inside
+            assert photo.frame == ("" if turn == 1 else "unclear")
 
 
 def test_sizes_that_say_stored_beside_a_turn(tmp_path):
@@ -644,6 +651,8 @@ def yolo_line(number, x0, y0, x1, y1, size=(100, 80)):
     ("data.yaml", "path: x\nnames:\n  0: Crack\n  1: Exposed bars # iron\n  2: 'Rust'\n\nnc: 3\n"),
     ("data.yaml", "names:\n  2: Rust\n  0: Crack\n  7: Wear\n  1: Exposed bars\n"),
     ("data.yaml", "names: {2: Rust, 0: Crack, 1: Exposed bars}\n"),
+    ("data.yaml", "names:\n  '2': Rust\n  '0': Crack\n  \"1\": Exposed bars\n"),
+    ("data.yaml", 'names: {"2": "Rust", "0":"Crack", "1": "Exposed bars"}\n'),
     ("data.yaml", "names:\n- Crack\n- Exposed bars\n- \"Rust\"\nroboflow:\n  license: MIT\n"),
     ("dataset.yml", "\ufeffnames:\r\n  - Crack\r\n  - Exposed bars\r\n  - Rust\r\n"),
     ("labels/classes.txt", "Crack\nExposed bars\nRust\n\n"),
@@ -694,6 +703,10 @@ def test_lines_of_yolo_that_are_left_out(tmp_path, line, reason):
     ("names: {0: 'a, b', 1: c}", ["a, b", "c"]), ("names : [a]\nnames_of_others: [b]", ["a"]), ("nc: 3", None),
     ("names:\n  0:\n    en: Crack\n", "x"), ("names: []", "x"), ("names:\nnc: 3", "x"), ("names: &a [b]", "x"),
     ("names: [a", "x"), ("names: ['', b]", "x"),
+    ("names:\n- \"crack #1\"\n- 'crack #2' # b\n", ["crack #1", "crack #2"]),
+    ("names:\n- a\n- long\n  name\n- b\n", "x"), ('names: ["Ri\\\\xDF", b]', "x"), ("names: ['it''s', b]", "x"),
+    ("{names: [a, b], nc: 2}", "x"), ("'names': [a, b]", "x"), ("names:\n- name: a\n  id: 0\n", "x"),
+    ("names: {0: a, b}", "x"), ("names: {0: a, 0: b}", "x"),
 ])
 def test_names_of_a_yaml(text, names):
     if names == "x":
@@ -755,6 +768,78 @@ def test_coco(tmp_path):
         "annotations of an image that is not listed": 1}
     assert ("box", "annotations/instances.json annotation 3", "mask in run lengths (RLE)") in skipped
     assert ("annotation", "annotations/instances.json image gone.png", "annotation without a photo") in skipped
+
+
+def test_boxes_that_are_turned_deleted_or_fractions(tmp_path):
+    """CVAT turns a box about its middle, LabelMe keeps what was deleted, and fractions are no pixels."""
+    for name in ("turned.png", "fraction.png"):
+        photo_at(tmp_path, name, size=(300, 200))
+    text_at(tmp_path, "set.json", json.dumps(coco_of(
+        [("turned.png", 300, 200), ("fraction.png", 300, 200)],
+        [dict(image_id=0, bbox=[80, 20, 40, 120], attributes={"rotation": 90.0}),
+         dict(image_id=1, bbox=[0.5, 0.5, 0.4, 0.4])])))
+    photos, skipped = read_annotations(tmp_path)
+    assert [p.boxes[0][1:5] for p in photos if p.boxes] == [(40, 60, 160, 100)]
+    assert reasons(skipped) == {cc.FRACTIONS: 1, "photo without a usable box": 1}
+    voc = tmp_path / "voc"
+    add(voc, "a", [(81, 21, 120, 140, "Crack"), (1, 1, 60, 60, "Rust"), (0.1, 0.2, 0.5, 0.9, "Rust")])
+    path = voc / "annotations/a.xml"
+    first, second, *rest = path.read_text().split("</object>")
+    turn = "<attributes><attribute><name>rotation</name><value>90</value></attribute></attributes>"
+    path.write_text("</object>".join([first + turn, second + "<deleted>1</deleted>", *rest]))
+    photos, skipped = read_annotations(voc)
+    assert [b[1:] for b in photos[0].boxes] == [(40, 60, 160, 100, ("Crack",))]
+    assert reasons(skipped) == {cc.FRACTIONS: 1} and len(photos[0].taken) == 1
+
+
+def test_what_contradicts_itself_is_an_error(tmp_path):
+    photo_at(tmp_path, "a.png")
+    data = coco_of([("a.png", 100, 80)], [dict(image_id=0, bbox=[1, 1, 9, 9])])
+    data["categories"][1]["id"] = 1
+    text_at(tmp_path, "set.json", json.dumps(data))
+    with pytest.raises(CropError, match="category 1 is given twice, as Crack and Rust"):
+        read_annotations(tmp_path)
+    (tmp_path / "set.json").unlink()
+    text_at(tmp_path, "a.txt", "0 0.5 0.5 0.9 0.9\n")
+    (tmp_path / "classes.txt").write_bytes("Crack\nRust\n".encode("utf-16"))
+    with pytest.raises(CropError, match="UTF-16"):
+        read_annotations(tmp_path)
+
+
+def test_versions_of_one_photo_stay_in_one_part(tmp_path):
+    """Roboflow's, which differ in every byte."""
+    for k in range(6):
+        for version in range(3):
+            add(tmp_path, f"p{k}_jpg.rf.{version:032x}", [(1, 1, 200, 150, "Crack")], number=3 * k + version)
+    rows = [r for r, _ in cut_all(tmp_path, n=24, split={"train": 0.5, "test": 0.5})]
+    parts = {part: {r["photo"].split(".rf.")[0] for r in rows if r["split"] == part} for part in ("train", "test")}
+    assert parts["train"] and parts["test"] and not parts["train"] & parts["test"]
+
+
+def test_a_sheet_and_a_target_that_cannot_be(tmp_path, capsys, monkeypatch):
+    add(tmp_path / "src", "a", [(1, 1, 150, 120, "class"), (100, 60, 290, 190, "class_")])
+    (tmp_path / "mine.png").write_text("my file")
+    err = call(capsys, tmp_path / "src", tmp_path / "o", "--n", "4", "--sheet", tmp_path / "mine.png", code=2)[1]
+    assert "not overwritten" in err and (tmp_path / "mine.png").read_text() == "my file"
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "o")
+    assert "is a mount point" in call(capsys, tmp_path / "src", tmp_path / "o", "--n", "4", code=2)[1]
+    monkeypatch.undo()
+    assert "at most" in run(tmp_path / "src", tmp_path / "o", "--n", "9" * 400, code=2).stderr
+    call(capsys, tmp_path / "src", tmp_path / "o", "--n", "4", "--sheet", tmp_path / "s.jpg")
+    with open(tmp_path / "o/crops.csv") as f:
+        table = list(csv.DictReader(f))
+    assert {"class_", "class__"} <= table[0].keys()
+    assert all(int(row["class_"]) + int(row["class__"]) == 1 for row in table)
+    tall = Image.new("L", (2, 70000))
+    cc.save_sheet(tall, tmp_path / "tall.jpg")
+    assert not list(tmp_path.glob("*.partial")) and Image.open(tmp_path / "tall.jpg").height == 65500
+
+
+def test_a_class_that_is_nowhere_the_rarest_is_told(tmp_path, capsys):
+    add(tmp_path / "src", "a", [(1, 1, 150, 120, "A"), (1, 1, 150, 120, "B")])
+    add(tmp_path / "src", "b", [(1, 1, 150, 120, "A"), (1, 1, 150, 120, "C")], number=1)
+    out = call(capsys, tmp_path / "src", tmp_path / "o", "--n", "6")[0]
+    assert "no crop is labelled A: see --label and --small" in out
 
 
 @pytest.mark.parametrize("data, reason", [

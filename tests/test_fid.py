@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -755,6 +756,108 @@ def test_statistics_of_own_features_say_so(run, fails, folders, own, tmp_path, n
     fails(files[0], folders / "G1", "--features", other, weigh=False, words=["features linear-6", "linear-7"])
 
 
+def test_statistics_say_how_their_images_were_read(run, fails, folders, own, tmp_path, no_network):
+    """--size and --upright must be those of the other side; another range is told."""
+    argv = ("--features", own, "--device", "cpu")
+    for name, more in (("small", ["--size", "8"]), ("turned", ["--upright"]), ("whole", [])):
+        assert run("--save", tmp_path / name, folders / "real", *argv, *more, weigh=False)[0] == 0
+    small, turned, whole = (tmp_path / f"{name}.npz" for name in ("small", "turned", "whole"))
+    assert fid.load_statistics(small)["size"] == 8 and fid.load_statistics(turned)["upright"] is True
+    fails(small, folders / "G1", *argv, weigh=False, words=["made with --size 8, the others with off"])
+    fails(whole, folders / "G1", *argv, "--size", "8", weigh=False, words=["made with --size off", "with 8"])
+    fails(turned, folders / "G1", *argv, weigh=False, words=["made with --upright True, the others with off"])
+    fails(whole, small, weigh=False, words=["--size"])
+    want = json.loads(run(folders / "real", folders / "G1", *argv, "--size", "8", "--json", weigh=False)[1])["fd"]
+    got = json.loads(run(small, folders / "G1", *argv, "--size", "8", "--json", weigh=False)[1])["fd"]
+    assert got == pytest.approx(want, rel=1e-6)
+    for name, most in (("d16", 65535), ("d12", 4095)):
+        (tmp_path / name).mkdir()
+        for k in range(6):
+            v = np.random.default_rng(k).integers(0, most, (9, 9)).astype(np.uint16)
+            Image.fromarray(v).save(tmp_path / name / f"{k}.png")
+    assert run("--save", tmp_path / "d", tmp_path / "d16", *argv, weigh=False)[0] == 0
+    err = run(tmp_path / "d.npz", tmp_path / "d12", *argv, weigh=False)[2]
+    assert "read by different ranges, (0, 4095) and (0, 65535)" in err
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("return self.net(x.view(len(x), -1))", "y = self.net(x.view(len(x), -1)); return y - y.mean(0)", "its batch"),
+    ("return self.net(x.view(len(x), -1))", "return torch.dropout(self.net(x.view(len(x), -1)), 0.5, True)",
+     "two calls differ"),
+    ("return self.net(x.view(len(x), -1))", "return self.net(x.view(len(x), -1)).squeeze()", "not floats (1, 6)")])
+def test_features_that_are_no_function_of_the_image(fails, folders, own, tmp_path, old, new, words):
+    shutil.copy(own.with_name("sizes.py"), tmp_path)
+    (tmp_path / "odd.py").write_text(OWN.replace(old, new))
+    fails(folders / "real", folders / "G1", "--features", tmp_path / "odd.py", weigh=False, words=[words])
+
+
+def test_features_may_share_memory_print_and_use_dataclasses(run, folders, own, tmp_path):
+    shutil.copy(own.with_name("sizes.py"), tmp_path)
+    text = "from __future__ import annotations\nimport dataclasses\nprint('Setting up')\n" + OWN.replace(
+        "return self.net(x.view(len(x), -1))",
+        "print('x'); y = self.kept[:len(x)]; y.copy_(self.net(x.view(len(x), -1))); return y").replace(
+        "super().__init__()", "super().__init__(); self.register_buffer('kept', torch.zeros(50, 6))", 1)
+    (tmp_path / "odd.py").write_text(text + "@dataclasses.dataclass\nclass Kept:\n    size: int\n")
+    found = []
+    for file in (own, tmp_path / "odd.py"):
+        status, out, err = run(folders / "real", folders / "G1", "--features", file, "--json", weigh=False)
+        assert status == 0, err
+        found.append(json.loads(out)["fd"])
+    assert found[0] == found[1]
+
+
+def test_a_callable_that_gives_too_few_rows_is_refused(folders):
+    class Net:
+        size, dims, device, digest = 8, 12, torch.device("cpu"), "net"
+
+        def __call__(self, x):
+            return x.flatten(1)[:, :1]
+    with pytest.raises(fid.FidError, match=r"makes \(8, 1\) of 8 images, not \(8, 12\)"):
+        fid.features(folders / "real", model=Net())
+
+
+def test_copies_of_photos_that_are_there_twice_are_seen():
+    r = np.random.default_rng(0)
+    real = r.standard_normal((10, 6))
+    near = real + 1e-3 * r.standard_normal((10, 6))
+    assert fid.copies(real, near)[2] == fid.copies(np.repeat(real, 2, 0), near)[2] == 1
+    assert fid.copies(np.ones((4, 6)), r.standard_normal((3, 6)))[2] == 0
+
+
+def test_a_sheet_among_the_images_and_names_with_line_breaks(run, fails, folders, tmp_path):
+    shutil.copytree(folders / "G1", tmp_path / "fake")
+    first = sorted((tmp_path / "fake").iterdir())[0]
+    first.rename(tmp_path / "fake" / "line\nbreak.png")
+    argv = (folders / "real", tmp_path / "fake", "--features", "random", "--device", "cpu", "--copies")
+    fails(*argv, tmp_path / "fake/sheet.png", weigh=False, words=["lies in", "name another place"])
+    assert run(*argv, tmp_path / "sheet.png", weigh=False)[0] == 0
+
+
+def test_an_unreadable_first_image_hides_no_size(run, folders, tmp_path):
+    for name, side in (("real", 24), ("fake", 16)):
+        write(tmp_path / name, [np.full((side, side, 3), 20 * k, np.uint8) for k in range(6)])
+    argv = (tmp_path / "real", tmp_path / "fake", "--features", "random", "--device", "cpu", "--skip-bad", "--json")
+    assert json.loads(run(*argv, weigh=False)[1])["size"] == 16
+    sorted((tmp_path / "real").iterdir())[0].write_bytes(b"cut")
+    assert json.loads(run(*argv, weigh=False)[1])["size"] == 16
+
+
+def test_want_of_memory_is_one_line(fails, folders, own, monkeypatch):
+    def no_memory(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(fid, "_forward", no_memory)
+    fails(folders / "real", folders / "G1", "--features", own, weigh=False, words=["out of memory"])
+
+
+def test_a_tiff_whose_zero_is_white_is_not_read_inverted(tmp_path):
+    v = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(v).save(tmp_path / "white.tif", tiffinfo={262: 0})
+    with Image.open(tmp_path / "white.tif") as im:
+        assert im.tag_v2[262] == 0
+    with pytest.raises(fid.FidError, match="0 is white"):
+        fid.read_image(tmp_path / "white.tif")
+
+
 @pytest.mark.parametrize("old,new,words", [
     ("Features(", "Other(", ["no usable class Features"]),
     ("import torch\n", "import torch, nothing_of_that_name\n", ["ModuleNotFoundError", "nothing_of_that_name"]),
@@ -1085,7 +1188,7 @@ def test_folders_without_classes_or_images_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("x")
     text = refused(tmp_path / "empty")
-    assert "accepted are bmp gif jfif jpe jpeg jpg pgm png ppm tif tiff webp" in text and "1 other" in text
+    assert "accepted are bmp gif jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp" in text and "1 other" in text
     assert f"{tmp_path}/empty/notes.txt is a file; a folder is needed" in refused(tmp_path / "empty" / "notes.txt")
     assert "this is no folder" in refused("/dev/null")
     write(tmp_path / "split" / "val" / "Crack", pictures(1)), write(tmp_path / "split" / "train", pictures(1))
@@ -1426,7 +1529,7 @@ def test_saved_statistics(run, fails, folders, tmp_path, small_model, weights):
     status, out, err = run("--save", tmp_path / "real", folders / "real")
     assert status == 0 and out == "" and [p.name for p in tmp_path.iterdir()] == ["real.npz"]
     with np.load(tmp_path / "real.npz", allow_pickle=False) as f:
-        assert sorted(f.files) == ["dims", "mu", "n", "resize", "sigma", "weights"]
+        assert sorted(f.files) == ["dims", "mu", "n", "resize", "sigma", "size", "upright", "weights"]
         assert f["n"] == 14 and f["dims"] == 64 and f["resize"] == "torch" and f["weights"] == fid._digest(weights)
     before = (tmp_path / "real.npz").read_bytes()
     fails("--save", tmp_path / "real", folders / "G1", words=["real.npz", "not overwritten"])
