@@ -27,7 +27,8 @@ truncated, empty, smaller than a crop, too large for Pillow's limit, of a type t
 their annotation says; annotations that fit several photos; XML with a DOCTYPE; crowds and run-length masks. A run
 killed with SIGKILL leaves a hidden folder .crops.*.partial beside the target; delete it.
 
-With --split, train on one part and score against another that shares no photo with it:
+With --split, train on one part and score against another that shares no photo with it (byte-identical copies, and
+Roboflow's versions NAME.rf.HASH.jpg, count as one photo; a photo that was saved anew does not):
 
     python okd_train.py --model sagan --groups 3 --data crops/train --fid-data crops/test
 
