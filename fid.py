@@ -1558,7 +1558,12 @@ def _run(argv, rank, world):
     rows = [(name, f.n, _compare(real, f, args)) for name, f in zip(names, fakes)]
     extra = _summary(real, fakes, [scores for _, _, scores in rows], args) if len(fakes) > 1 else []
     floor = _floors(real, fakes, args) if args.floor else []
-    closest = _closest(real, fakes, args.copies) if args.copies else []
+    closest, no_sheet = [], None
+    if args.copies:
+        try:
+            closest = _closest(real, fakes, args.copies)
+        except FidError as e:                   # such as a disk that is full by now: the scores are told first
+            no_sheet = e
     if args.json:
         settings = _settings(args, sides, dims, resize, digest)
         out = {**settings, **_as_json(fakes, rows, extra + floor, closest)}
@@ -1569,6 +1574,8 @@ def _run(argv, rank, world):
         print("\n".join(f"{prefix}{_label(key, args.own)}: {_number(key, value)}" for prefix, scores in
                         [("", s) for _, _, s in rows] + [(f"{name} ", s) for name, _, s in floor]
                         for key, value in scores.items() if key in LABELS))
+    if no_sheet:
+        raise no_sheet
 
 
 class Parser(argparse.ArgumentParser):

@@ -833,6 +833,15 @@ def test_a_sheet_among_the_images_and_names_with_line_breaks(run, fails, folders
     assert run(*argv, tmp_path / "sheet.png", weigh=False)[0] == 0
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_sheet_that_cannot_be_written_costs_no_scores(run, folders, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(fid, "_copy_sheet", lambda path, pairs: fid._write(tmp_path / "gone" / "s.png", None))
+    argv = (folders / "real", folders / "G1", "--features", "random", "--device", "cpu")
+    status, out, err = run(*argv, "--copies", tmp_path / "s.png", *more, weigh=False)
+    assert status == 2 and "cannot be written" in err.splitlines()[-1]
+    assert ("rfd" in json.loads(out)) if more else out.startswith("rFD: ")
+
+
 def test_an_unreadable_first_image_hides_no_size(run, folders, tmp_path):
     for name, side in (("real", 24), ("fake", 16)):
         write(tmp_path / name, [np.full((side, side, 3), 20 * k, np.uint8) for k in range(6)])
