@@ -573,9 +573,11 @@ def assign_splits(photos, split, rarity, seed):
     rarest = lambda group: min((rarity[f] for p in group for b in p.boxes for f in b.flags), default=(math.inf, ""))
     groups.sort(key=rarest)
     have, whole, done, out = dict.fromkeys(split, 0), sum(split.values()), 0, {}
-    for group in groups:
+    for k, group in enumerate(groups):
         done += len(group)
-        target = max(split, key=lambda s: (split[s] / whole * done - have[s], split[s]))
+        empty = [s for s in split if not have[s]]
+        open_to = empty if len(groups) - k <= len(empty) else split    # no part goes without while there are photos
+        target = max(open_to, key=lambda s: (split[s] / whole * done - have[s], split[s]))
         have[target] += len(group)
         out.update((p.name, target) for p in group)
     return out
@@ -891,7 +893,7 @@ class Pictures:
             if len({os.path.dirname(name) for name in found}) == 1 < len(found):
                 found = [name for name in found if better(name)] or found
         if len(found) > 1 and claim.many:                              # instances_train.json: train/, not val/
-            parts = {name: place_of(tuple(name.split("/")[:-1])) for name in found}
+            parts = {name: place_in(name) for name in found}
             found = [name for name in found if any(part in folded(stem) for part in parts[name])] or found
         if len(found) > 1 and self.alike(found):
             found = found[:1]
@@ -946,6 +948,10 @@ class Pictures:
 def place_of(folder):
     """The parts of a folder that say where, without those that say what: ("site1",) for site1/JPEGImages."""
     return tuple(p for p in map(folded, folder) if not PICTURE_FOLDER.fullmatch(p) and not LABEL_FOLDER.fullmatch(p))
+
+
+def place_in(name):
+    return place_of(tuple(name.split("/")[:-1]))
 
 
 def folded(name):
@@ -1180,8 +1186,10 @@ def yolo_claims(files, pictures):
         except Unusable as e:
             yield Claim(name, reason=str(e))
             continue
-        lists = class_lists(files) if lists is None else lists
-        names = nearest_list(lists, name)
+        if lists is None:
+            lists = class_lists(files)
+            places = {place_in(name) for name, path in files if path.suffix.lower() == ".txt" and not class_list(path)}
+        names = nearest_list(lists, name, places)
         yield Claim(name, marks=tuple(yolo_mark(k, words, names) for k, words in lines), unit="line", fractions=True)
 
 
@@ -1233,8 +1241,12 @@ def class_lists(files):
     return lists
 
 
-def nearest_list(lists, source):
-    """The names that hold for a file of labels: of the list in its own folder, else in the nearest one above it."""
+def nearest_list(lists, source, places):
+    """The names that hold for a file of labels: of the list in its own folder, else in the nearest one above it or
+    beside it. places: where labels lie; a list among those of another place is theirs."""
+    lists = [(name, names) for name, names in lists
+             if place_in(source)[:len(place_in(name))] == place_in(name) or place_in(name) not in places]
+
     def away(name):
         here, there = source.split("/")[:-1], name.split("/")[:-1]
         shared = len(os.path.commonprefix([here, there]))

@@ -806,6 +806,24 @@ def test_what_contradicts_itself_is_an_error(tmp_path):
         read_annotations(tmp_path)
 
 
+def test_a_list_of_another_sets_classes_is_not_taken(tmp_path):
+    for k, place in enumerate(("s1", "s2")):
+        photo_at(tmp_path, f"{place}/images/{place}.png", k)
+        text_at(tmp_path, f"{place}/labels/{place}.txt", "0 0.5 0.5 0.9 0.9\n")
+    text_at(tmp_path, "s2/classes.txt", "Rust\n")
+    assert [p.names for p in read_annotations(tmp_path)[0]] == [("0",), ("Rust",)]
+    text_at(tmp_path, "meta/obj.names", "Crack\n")
+    assert [p.names for p in read_annotations(tmp_path)[0]] == [("Crack",), ("Rust",)]
+
+
+def test_no_part_stays_empty_while_there_are_photos(tmp_path):
+    for k in range(5):
+        add(tmp_path, f"p{k}", [(1, 1, 200, 150, "Crack")], number=k)
+    rows = [r for r, _ in cut_all(tmp_path, n=10, split={"train": 0.8, "val": 0.1, "test": 0.1})]
+    assert {part: len({r["photo"] for r in rows if r["split"] == part}) for part in ("train", "val", "test")} == {
+        "train": 3, "val": 1, "test": 1}
+
+
 def test_versions_of_one_photo_stay_in_one_part(tmp_path):
     """Roboflow's, which differ in every byte."""
     for k in range(6):
