@@ -429,9 +429,10 @@ def _check_statistics(mu, sigma, what):
 def network(name="inception", weights=None, dims=2048, device=None, precision="fp32"):
     """The network that `name` says, for features(..., model=it): inception, random, or a file of your own, FILE.py.
 
-    FILE.py has a class Features, a torch module (n, 3, size, size) float32 in [-1, 1] -> (n, dims) floats, with the
-    attributes size (pixels), dims and digest: a word that names the features and changes when their values do. It is
-    made as Features(device=...) if its constructor names device. weights, dims, precision: of inception().
+    FILE.py has a class Features, a torch module (n, 3, size, size) float32 in [-1, 1] -> (n, dims) floats, each row a
+    function of its image alone, with the attributes size (pixels), dims and digest: a word that names the features and
+    changes when their values do. It is made as Features(device=...) if its constructor names device. weights, dims,
+    precision: of inception().
     All three kinds have size, dims, device, digest; name: inception, random or the file's digest; score: what their
     Frechet distance is called, FID, rFD or FD (digest); distance(features1, features2), which is that distance.
     FidError, one line, for a file that does not do so.
