@@ -1657,7 +1657,7 @@ def arguments(argv):
     add = p.add_argument
     add("source", nargs="?", help="folder with photos and their boxes, searched recursively; never written to")
     add("target", nargs="?", help="new folder for the crops")
-    add("--n", type=at_least(0, 10 ** 9), default=2642,
+    add("--n", type=at_least(0, 10 ** 100), default=2642,
         help="crops of boxes in all, over all splits (default 2642, as in the paper)")
     add("--size", type=at_least(8), default=64, help="side of a crop in pixels (default 64)")
     add("--seed", type=at_least(0), default=0, help="the same seed and data give the same files (default 0)")
@@ -1670,7 +1670,7 @@ def arguments(argv):
         help="class of a crop whose box has several: the one rarest in the whole set (default); single: leave such "
              "boxes out; random: any of them")
     add("--balance", action="store_true", help="equally many crops per class (default: every box equally often)")
-    add("--background", type=at_least(0, 10 ** 9), default=0, metavar="K",
+    add("--background", type=at_least(0, 10 ** 100), default=0, metavar="K",
         help="K further crops, class Background, of annotated photos, touching no box (default 0)")
     add("--small", choices=CHOICES["small"], default="around",
         help="boxes with a side under --size: the window covers that side (around, default), or skip them")
@@ -1702,7 +1702,7 @@ def at_least(least, most=math.inf):
     def integer(text):
         value = int(text)
         if not least <= value <= most:
-            bound = "" if most == math.inf else f" and at most {most}"
+            bound = "" if most == math.inf else f" and at most {most:g}"
             raise argparse.ArgumentTypeError(f"must be at least {least}{bound}, not {value}")
         return value
     return integer

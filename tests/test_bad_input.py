@@ -172,7 +172,7 @@ def npz(*argv):
 # What is added to a command that works (--data DATA, tiny networks, --out OUT), and words of the complaint.
 OKD = [
     (["--data", "nowhere"], "no such folder"),
-    (["--data", "EMPTY"], "accepted are bmp gif jfif jpe jpeg jpg pgm png"),
+    (["--data", "EMPTY"], "accepted are bmp gif jfif jpe jpeg jpg pbm pgm png"),
     (["--data", "SPLIT"], "holds only train, val"),
     (["--data", "FILE"], "FILE is a file"),
     (["--data", ""], "--data is empty"),
@@ -327,7 +327,7 @@ FID = [
     (["dangling", "REAL"], "dangling"),
     (["SINGLE/000.png", "REAL"], "000.png: neither"),
     (["EMPTY", "REAL"],
-     "no images in it or below; accepted are bmp gif jfif jpe jpeg jpg pgm png ppm tif tiff webp; 1 other"),
+     "no images in it or below; accepted are bmp gif jfif jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp; 1 other"),
     (["SINGLE", "REAL"], "at least 2 images, there is 1 (000.png)"),
     (["REAL", "SINGLE"], "at least 2"),
     (["REAL"], "FAKE"),
