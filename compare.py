@@ -83,8 +83,6 @@ APART = {"out", "data", "model", "steps", "device", "cuda_graph", "log_every", "
 # Table 1 of the OKD-SAGAN paper: FID of 10,000 fakes against 2,642 crops of CODEBRIM; its best group is best by test.
 PAPER = {"sagan": {"the paper's ring": (132.13, 118.23), "the paper's one group": (139.76,)},
          "acgan": {"the paper's ring": (172.13, 165.39), "the paper's one group": (178.92,)}}
-
-
 # What a line of results.jsonl holds at least.
 LINE = {"arm": str, "seed": int, "step": int, "settings": dict, "score": str, "photos": dict, "seconds": int,
         "device": str, "validation": list, "mean": dict, "best": dict, "union": dict}
@@ -649,8 +647,8 @@ def halves_by_photo(folder, out):
     part = np.empty(len(first), int)
     part[order] = np.arange(len(first)) % 2
     names = [path.relative_to(folder) for path, _ in files]
-    digests = [f"{part[k]} {name} {okd_train.digest(path)}" for k, name, (path, _) in zip(photo, names, files)]
-    whole = out / f"halves-{okd_train.digest(os.fsencode(chr(10).join(digests)))}"
+    said = "\n".join(f"{part[k]} {name} {okd_train.digest(path)}" for k, name, (path, _) in zip(photo, names, files))
+    whole = out / f"halves-{okd_train.digest(os.fsencode(said))}"
     if not whole.is_dir():
         grows = out / f".{whole.name}"
         shutil.rmtree(grows, ignore_errors=True)                    # of a start that was killed

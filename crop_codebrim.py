@@ -191,7 +191,7 @@ def crop_folder(source, target, sheet=None, exif=None, boxes=None, **choices):
         if s.what == "photo" and not s.reason.startswith(("photo without", "photo smaller", "photo of a type")):
             print(f"crop_codebrim.py: {s.where}: {s.reason}", file=sys.stderr)
     if lost := sorted({n for p in photos for n in p.names} - {r["class"] for r in rows}):
-        print(f"no crop is labelled {', '.join(lost)}: see --label and --small")
+        print(f"no crop is labelled {', '.join(lost)}: see --n, --balance, --label and --small")
     n_cut, n_out = len({r["photo"] for r in rows}), sum(s.what == "photo" for s in skipped)
     print(f"{n_photos} photos found: {n_cut} cropped, {n_photos - n_cut - n_out} not needed, {n_out} left out")
     print(f"{len(rows)} crops in {target}, {time.monotonic() - started:.1f} s")
@@ -565,10 +565,18 @@ def assign_splits(photos, split, rarity, seed):
     Roboflow's versions of one (NAME.rf.HASH.jpg)."""
     size = {p.name: os.path.getsize(p.path) for p in photos}
     alike = collections.Counter(size.values())
-    twins = collections.defaultdict(list)
+    leader, content, twins = {}, {}, collections.defaultdict(list)
+
+    def first(mark):
+        while leader.setdefault(mark, mark) != mark:
+            mark = leader[mark]
+        return mark
     for p in photos:                                                   # only files of one size are read
         alone, version = alike[size[p.name]] == 1, re.match(r"(.+)\.rf\.", p.name)
-        twins[version[1] if version else p.name if alone else hashlib.sha256(p.path.read_bytes()).hexdigest()].append(p)
+        content[p.name] = p.name if alone else hashlib.sha256(p.path.read_bytes()).hexdigest()
+        leader[first(content[p.name])] = first(version[1] if version else content[p.name])
+    for p in photos:
+        twins[first(content[p.name])].append(p)
     groups = Dice(seed, key("split")).shuffled(list(twins.values()))
     rarest = lambda group: min((rarity[f] for p in group for b in p.boxes for f in b.flags), default=(math.inf, ""))
     groups.sort(key=rarest)
@@ -969,13 +977,13 @@ def voc_claims(files, pictures):
             root = parse_xml(path)
             if root.tag != "annotation":
                 raise Unusable("XML that is no VOC annotation")
-            size = root.find("size")
-            objects = [e for e in root.findall("object") if child(e, "deleted") != "1"]             # LabelMe keeps them
+            size, objects = root.find("size"), root.findall("object")
             known = any(root.find(tag) is not None for tag in ("filename", "folder", "path", "size"))
             if not objects and (not known or next(root.iter("bndbox"), None) is not None):
                 raise Unusable("XML without objects that names no photo, or has boxes elsewhere")
             size = () if size is None else [value(child(size, tag)) or 0 for tag in ("width", "height")]
-            marks = tuple(voc_mark(i, element) for i, element in enumerate(objects))
+            left = [e for e in objects if child(e, "deleted") != "1"]  # LabelMe keeps what was deleted
+            marks = tuple(voc_mark(i, element) for i, element in enumerate(left))
             yield Claim(name, child(root, "filename"), tuple(size) if size and min(size) > 0 else None, marks)
         except Unusable as e:
             yield Claim(name, reason=str(e))
@@ -1065,6 +1073,23 @@ def pixels(x0, y0, x1, y1):
     return x, y, max(rounded(x1), x + 1), max(rounded(y1), y + 1)
 
 
+def turned_bounds(x0, y0, x1, y1, degrees):
+    """What goes round a box that is turned about its middle, as CVAT's are."""
+    if not degrees:
+        return x0, y0, x1, y1
+    wide, high = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
+    dx, dy = (w * wide + h * high) / 2, (w * high + h * wide) / 2
+    return x - dx, y - dy, x + dx, y + dy
+
+
+FRACTIONS = "box whose numbers are fractions of the photo"
+
+
+def are_fractions(numbers):
+    return all(0 <= v <= 1 for v in numbers) and any(v != int(v) for v in numbers)
+
+
 def child(element, tag):
     """The text of the only child of that name; None where there is none."""
     found = element.findall(tag)
@@ -1147,24 +1172,6 @@ def codebrim_claims(files, pictures):
         yield Claim(source, picture, None, marks, "crop", many=True, fractions=True, split=split)
     for entry in sorted(entries.keys() - used):
         yield Claim(entries[entry][0], entry, reason="annotation without a photo", many=True)
-
-
-
-def turned_bounds(x0, y0, x1, y1, degrees):
-    """What goes round a box that is turned about its middle, as CVAT's are."""
-    if not degrees:
-        return x0, y0, x1, y1
-    wide, high = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
-    x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
-    dx, dy = (w * wide + h * high) / 2, (w * high + h * wide) / 2
-    return x - dx, y - dy, x + dx, y + dy
-
-
-FRACTIONS = "box whose numbers are fractions of the photo"
-
-
-def are_fractions(numbers):
-    return all(0 <= v <= 1 for v in numbers) and any(v != int(v) for v in numbers)
 
 
 # ---- YOLO ------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ An .npz holds arr_0 uint8 (n, H, W, 3), which fid.py and other evaluators read, 
 and group (of the file's name).
 """
 import argparse
+import contextlib
 import csv
 import functools
 import importlib.util
@@ -141,8 +142,9 @@ def how_to_repeat(s, e):
     words += ["--upright"] * s.upright + ["--skip-bad"] * s.skip_bad
     words += ["--range", *map(str, s.range)] if s.range else []
     command = shlex.join(words) if real else "the built-in images they were compared with lie in no folder"
-    if real and {c is None for _, c in okd_train.class_files(real, False)[0]} == {True, False}:
-        command += f" (which leaves out what lies in folders of {real}; the score does not)"
+    with contextlib.suppress(okd_train.UserError):                  # the photos may be gone: the images are there
+        if real and {c is None for _, c in okd_train.class_files(real, False)[0]} == {True, False}:
+            command += f" (which leaves out what lies in folders of {real}; the score does not)"
     return f"{e.scores['score']} at step {e.scores['step']}: {numbers}. Once more: {command}"
 
 

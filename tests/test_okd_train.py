@@ -664,7 +664,7 @@ def test_a_mask_of_infinities_is_no_lost_weight(photos, tmp_path):
 
 @pytest.mark.parametrize("old, new", [
     ("return self.f(x)", "return self.f(x), x, x"), ("return self.f(x)", "return self.f(x),"),
-    ("def forward(self, x)", "def forward(self, x, y=None)")])
+    ("def forward(self, x):\n        pass  # forward of D", "def forward(self, x, y=None):\n        assert y is None")])
 def test_scores_may_begin_a_tuple_of_any_length_and_y_may_be_left_out(old, new, tmp_path):
     script = plain(tmp_path, old, new)
     script.write_text(script.read_text().split("def generator_loss")[0])            # with the trainer's own losses
@@ -680,9 +680,10 @@ def test_scores_may_begin_a_tuple_of_any_length_and_y_may_be_left_out(old, new, 
     ("logs = {}", 'logs = {"loss": 1.0}', "logs 'loss', a name that is taken"),
     (IN_D, 'self.register_buffer("grid", x[0])', "made grid when it was called"),
     ("def generator_loss", "Discriminator.get_extra_state = lambda self: 1\ndef generator_loss", "get_extra_state"),
-    ("batch_size=4", "batch_size=4, eps=0.1", "hparams has 'eps'")])
+    ("batch_size=4", "batch_size=4, eps=0.1", "by which name losses are given their uniforms")])
 def test_what_a_script_may_not_is_said_before_a_folder_is_made(old, new, words, photos, tmp_path, capsys):
-    argv = ["--model", plain(tmp_path / "script", old, new), "--data", photos, "--out", tmp_path / "run"]
+    argv = ["--model", plain(tmp_path / "script", old, new), "--data", photos, "--steps", "1"]
+    argv += ["--out", tmp_path / "run"]
     assert words in refused(capsys, *argv) and not (tmp_path / "run").exists()
 
 

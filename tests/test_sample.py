@@ -156,6 +156,9 @@ def test_the_printed_command_reads_the_photos_as_the_run_did(tmp_path, capsys, m
     shutil.copyfile(photos / "0.png", photos / "more/0.png")
     export("run", "again", "--scored")
     assert "leaves out what lies in folders" in capsys.readouterr().out
+    shutil.rmtree(photos)
+    export("run", "without", "--scored")                            # needs no photos
+    assert len(manifest(tmp_path / "without")) == 20 and "Once more: " in capsys.readouterr().out
 
 
 def test_scored_images_that_there_are_not(runs, tmp_path, capsys):
